@@ -1,0 +1,1 @@
+"""Compile scaffold: one whole graph for an encoder."""

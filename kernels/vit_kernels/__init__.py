@@ -1,0 +1,1 @@
+"""Triton kernels for vision transformers, registered as custom ops."""
