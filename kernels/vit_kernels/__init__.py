@@ -1,1 +1,8 @@
-"""Triton kernels for vision transformers, registered as custom ops."""
+"""Triton kernels for vision transformers, registered as custom ops `torch.ops.vit_kernels.*`."""
+
+from vit_kernels._dispatch import force_impl
+from vit_kernels.pixel_shuffle import pixel_shuffle
+from vit_kernels.rotary_2d import rotary_2d
+from vit_kernels.varlen_attention import varlen_attention
+
+__all__ = ["force_impl", "pixel_shuffle", "rotary_2d", "varlen_attention"]

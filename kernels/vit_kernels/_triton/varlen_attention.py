@@ -1,0 +1,239 @@
+"""Triton kernel and launcher of varlen_attention."""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _find_sequence(cu_seqlens_ptr, sequences, program, BLOCK_M: tl.constexpr, SEARCH: tl.constexpr):
+    """The last sequence whose first program, cu_seqlens[s] // BLOCK_M + s, is not after `program`.
+
+    Sequence s needs at most as many programs as lie before the first one of s + 1. The rows beyond the last
+    sequence count as one more sequence.
+    """
+    found = 0
+    for first in range(0, sequences + 1, SEARCH):
+        s = first + tl.arange(0, SEARCH)
+        start = tl.load(cu_seqlens_ptr + s, mask=s <= sequences, other=0)
+        found += tl.sum(((s <= sequences) & (start // BLOCK_M + s <= program)).to(tl.int32))
+    return found - 1
+
+
+@triton.jit
+def _bounds(cu_seqlens_ptr, s, sequences, end_if_beyond, tokens):
+    """Start and length of sequence s, inside the tokens whatever cu_seqlens holds."""
+    start = tl.load(cu_seqlens_ptr + s)
+    end = tl.load(cu_seqlens_ptr + s + 1, mask=s < sequences, other=0)
+    end = tl.where(s < sequences, end, end_if_beyond)
+    start = tl.minimum(tl.maximum(start, 0), tokens)
+    end = tl.minimum(tl.maximum(end, start), tokens)
+    return start, end - start
+
+
+@triton.jit
+def _attend(
+    q_0,
+    q_1,
+    k_ptr,
+    v_ptr,
+    stride_k,
+    stride_v,
+    first_key,
+    keys,
+    scale_log2,
+    row_max,
+    row_sum,
+    acc_0,
+    acc_1,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D0: tl.constexpr,
+    BLOCK_D1: tl.constexpr,
+    MASK_KEYS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One step of the online softmax over the BLOCK_N keys from first_key on."""
+    n = first_key + tl.arange(0, BLOCK_N)
+    d_0 = tl.arange(0, BLOCK_D0)
+    in_sequence = n < keys
+    k_rows = k_ptr + n[None, :] * stride_k
+    v_rows = v_ptr + n[:, None] * stride_v
+
+    if MASK_KEYS:
+        k_0 = tl.load(k_rows + d_0[:, None], mask=in_sequence[None, :], other=0.0)
+    else:
+        k_0 = tl.load(k_rows + d_0[:, None])
+    scores = tl.dot(q_0, k_0, input_precision=INPUT_PRECISION)
+    if BLOCK_D1 > 0:
+        d_1 = BLOCK_D0 + tl.arange(0, BLOCK_D1)
+        in_head = d_1 < HEAD_DIM
+        if MASK_KEYS:
+            k_1 = tl.load(k_rows + d_1[:, None], mask=in_head[:, None] & in_sequence[None, :], other=0.0)
+        else:
+            k_1 = tl.load(k_rows + d_1[:, None], mask=in_head[:, None], other=0.0)
+        scores = tl.dot(q_1, k_1, scores, input_precision=INPUT_PRECISION)
+    if MASK_KEYS:
+        scores = tl.where(in_sequence[None, :], scores, float("-inf"))
+
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+    decay = tl.exp2(row_max - new_max)
+    p = tl.exp2(scores * scale_log2 - new_max[:, None])
+    row_sum = row_sum * decay + tl.sum(p, 1)
+    p = p.to(v_ptr.dtype.element_ty)
+
+    # A key past the end belongs to the next sequence: 0 * NaN would leak, so its v is read as 0.
+    if MASK_KEYS:
+        v_0 = tl.load(v_rows + d_0[None, :], mask=in_sequence[:, None], other=0.0)
+    else:
+        v_0 = tl.load(v_rows + d_0[None, :])
+    acc_0 = tl.dot(p, v_0, acc_0 * decay[:, None], input_precision=INPUT_PRECISION)
+    if BLOCK_D1 > 0:
+        if MASK_KEYS:
+            v_1 = tl.load(v_rows + d_1[None, :], mask=in_head[None, :] & in_sequence[:, None], other=0.0)
+        else:
+            v_1 = tl.load(v_rows + d_1[None, :], mask=in_head[None, :], other=0.0)
+        acc_1 = tl.dot(p, v_1, acc_1 * decay[:, None], input_precision=INPUT_PRECISION)
+    return new_max, row_sum, acc_0, acc_1
+
+
+@triton.jit
+def varlen_attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    cu_seqlens_ptr,
+    cu_seqlens_k_ptr,
+    stride_q,
+    stride_k,
+    stride_v,
+    total_tokens,
+    total_tokens_k,
+    sequences,
+    scale_log2,
+    STRIDE_QH: tl.constexpr,
+    STRIDE_KH: tl.constexpr,
+    STRIDE_VH: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+    BLOCK_D0: tl.constexpr,
+    BLOCK_D1: tl.constexpr,
+    SEARCH: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One program: BLOCK_M queries of one head, found from cu_seqlens on the device.
+
+    head_dim is two blocks, BLOCK_D0 full columns and BLOCK_D1 masked ones, instead of one block padded to a power
+    of two. Keys go BLOCK_N at a time without a mask, the rest BLOCK_TAIL at a time with one.
+    """
+    program = tl.program_id(0)
+    head = tl.program_id(1)
+    s = _find_sequence(cu_seqlens_ptr, sequences, program, BLOCK_M, SEARCH)
+    if s < 0:
+        return
+    first_program = tl.load(cu_seqlens_ptr + s) // BLOCK_M + s
+    start, queries = _bounds(cu_seqlens_ptr, s, sequences, total_tokens, total_tokens)
+    start_k, keys = _bounds(cu_seqlens_k_ptr, s, sequences, 0, total_tokens_k)
+    first_query = (program - first_program) * BLOCK_M
+    if (first_query < 0) | (first_query >= queries):
+        return
+
+    m = first_query + tl.arange(0, BLOCK_M)
+    in_sequence = (m < queries)[:, None]
+    d_0 = tl.arange(0, BLOCK_D0)[None, :]
+    q_rows = q_ptr + start.to(tl.int64) * stride_q + m.to(tl.int64)[:, None] * stride_q + head * STRIDE_QH
+    q_0 = tl.load(q_rows + d_0, mask=in_sequence, other=0.0)
+    q_1 = q_0
+    acc_0 = tl.zeros((BLOCK_M, BLOCK_D0), tl.float32)
+    acc_1 = acc_0
+    if BLOCK_D1 > 0:
+        d_1 = BLOCK_D0 + tl.arange(0, BLOCK_D1)[None, :]
+        q_1 = tl.load(q_rows + d_1, mask=in_sequence & (d_1 < HEAD_DIM), other=0.0)
+        acc_1 = tl.zeros((BLOCK_M, BLOCK_D1), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+
+    k_ptr += start_k.to(tl.int64) * stride_k + head // GROUP * STRIDE_KH
+    v_ptr += start_k.to(tl.int64) * stride_v + head // GROUP * STRIDE_VH
+    full = keys // BLOCK_N * BLOCK_N
+    for first_key in range(0, full, BLOCK_N):
+        row_max, row_sum, acc_0, acc_1 = _attend(
+            q_0, q_1, k_ptr, v_ptr, stride_k, stride_v, first_key, keys, scale_log2, row_max, row_sum, acc_0, acc_1,
+            HEAD_DIM, BLOCK_N, BLOCK_D0, BLOCK_D1, False, INPUT_PRECISION,
+        )  # fmt: skip
+    for first_key in range(full, keys, BLOCK_TAIL):
+        row_max, row_sum, acc_0, acc_1 = _attend(
+            q_0, q_1, k_ptr, v_ptr, stride_k, stride_v, first_key, keys, scale_log2, row_max, row_sum, acc_0, acc_1,
+            HEAD_DIM, BLOCK_TAIL, BLOCK_D0, BLOCK_D1, True, INPUT_PRECISION,
+        )  # fmt: skip
+
+    # Without keys the sum is 0: such rows are zeros, not 0 / 0.
+    normaliser = tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    out_rows = out_ptr + (start.to(tl.int64) + m.to(tl.int64))[:, None] * (HEADS * HEAD_DIM) + head * HEAD_DIM
+    tl.store(out_rows + d_0, (acc_0 / normaliser).to(out_ptr.dtype.element_ty), mask=in_sequence)
+    if BLOCK_D1 > 0:
+        out_1 = (acc_1 / normaliser).to(out_ptr.dtype.element_ty)
+        tl.store(out_rows + d_1, out_1, mask=in_sequence & (d_1 < HEAD_DIM))
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """Two block widths that cover head_dim: the largest power of two in it, and one (at least 16) for the rest."""
+    block_0 = 1 << (head_dim.bit_length() - 1)
+    rest = head_dim - block_0
+    return block_0, max(16, triton.next_power_of_2(rest)) if rest else 0
+
+
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """q [total_tokens, heads, head_dim], k, v [total_tokens_k, kv_heads, head_dim] -> as q, on the current stream."""
+    total_tokens, heads, head_dim = q.shape
+    sequences = cu_seqlens.shape[0] - 1
+    out = q.new_empty(q.shape)
+    block_0, block_1 = split_head_dim(head_dim)
+    wide = head_dim > 128 or q.dtype == torch.float32
+    block_m, block_n = 64, 32 if wide else 64
+    if total_tokens:
+        varlen_attention_kernel[(triton.cdiv(total_tokens, block_m) + sequences, heads)](
+            q,
+            k,
+            v,
+            out,
+            cu_seqlens,
+            cu_seqlens_k,
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            total_tokens,
+            k.shape[0],
+            sequences,
+            scale * LOG2_E,
+            STRIDE_QH=q.stride(1),
+            STRIDE_KH=k.stride(1),
+            STRIDE_VH=v.stride(1),
+            HEADS=heads,
+            GROUP=heads // k.shape[1],
+            HEAD_DIM=head_dim,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_TAIL=16,
+            BLOCK_D0=block_0,
+            BLOCK_D1=block_1,
+            SEARCH=128,
+            INPUT_PRECISION="ieee" if torch.version.hip else "tf32x3",
+            num_warps=4,
+            num_stages=2 if wide else 3,
+        )
+    return out

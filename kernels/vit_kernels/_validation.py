@@ -1,0 +1,58 @@
+"""Argument checks shared by the public functions. Each names the argument, what came and what was expected."""
+
+import os
+
+import torch
+
+DEVICE_CHECKS = os.environ.get("VIT_KERNELS_DEBUG", "0") not in ("", "0")
+"""VIT_KERNELS_DEBUG=1 also checks the contents of cu_seqlens on accelerators, at the price of a sync a call."""
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+EAGER_DTYPES = (*KERNEL_DTYPES, torch.float64)
+
+
+def check_tensor(name: str, x: torch.Tensor, rank: int, shape: str) -> None:
+    """`x` is a tensor of `rank` dimensions; `shape` describes them in words."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor {shape}")
+    if x.dim() != rank:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {shape}")
+
+
+def check_dtype(name: str, x: torch.Tensor, impl: str) -> None:
+    """`x` has a dtype that the implementation takes: float64 is for the eager body only."""
+    allowed = EAGER_DTYPES if impl == "eager" else KERNEL_DTYPES
+    if x.dtype not in allowed:
+        raise TypeError(f"{name}: got {x.dtype} for implementation {impl!r}, expected one of {allowed}")
+
+
+def check_last_dim_contiguous(name: str, x: torch.Tensor) -> None:
+    """The kernels read the last dimension as one run."""
+    if x.stride(-1) != 1:
+        raise ValueError(f"{name}: got strides {x.stride()}, expected a contiguous last dimension")
+
+
+def check_like(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """`x` shares dtype and device with `other`."""
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name}: got {x.dtype}, expected {other.dtype} as {other_name} has")
+    check_same_device(name, x, other_name, other)
+
+
+def check_same_device(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """`x` is on the device of `other`."""
+    if x.device != other.device:
+        raise ValueError(f"{name}: got device {x.device}, expected {other.device} as {other_name} has")
+
+
+def check_cu_seqlens_contents(name: str, cu_seqlens: torch.Tensor, tokens: int) -> list[int]:
+    """The boundaries as a list, on the host: they start at 0, never decrease and end within `tokens`."""
+    boundaries: list[int] = cu_seqlens.tolist()
+    if boundaries[0] != 0:
+        raise ValueError(f"{name}: starts at {boundaries[0]}, expected 0")
+    for i, (start, end) in enumerate(zip(boundaries[:-1], boundaries[1:], strict=True)):
+        if end < start:
+            raise ValueError(f"{name}: decreases from {start} to {end} at index {i + 1}, expected sorted boundaries")
+    if boundaries[-1] > tokens:
+        raise ValueError(f"{name}: ends at {boundaries[-1]}, expected at most the {tokens} tokens given")
+    return boundaries

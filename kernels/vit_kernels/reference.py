@@ -1,0 +1,90 @@
+"""Slow fp64 oracles, written from the definitions and sharing no code with the ops."""
+
+import torch
+from torch import Tensor
+
+
+def pixel_shuffle_reference(x: Tensor, height: int, width: int, factor: int = 2) -> Tensor:
+    """Gather factor x factor neighbourhoods of a height x width grid into channels, one output cell at a time.
+
+    Source: Meta's llama-models, `llama4/vision/encoder.py`, `PixelShuffle` (right on non-square grids).
+
+    Args:
+        x: [tiles, height * width, channels], any dtype.
+
+    Returns:
+        [tiles, (height // factor) * (width // factor), channels * factor**2] in x's dtype: values are only moved.
+    """
+    tiles, _, channels = x.shape
+    rows, columns = height // factor, width // factor
+    out = x.new_empty(tiles, rows * columns, factor * factor * channels)
+    for i in range(rows):
+        for j in range(columns):
+            cells = [(factor * i + dh) * width + factor * j + dw for dh in range(factor) for dw in range(factor)]
+            out[:, i * columns + j] = torch.cat([x[:, cell] for cell in cells], dim=-1)
+    return out
+
+
+def rotary_2d_reference(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Rotate channel pairs as complex numbers, in fp64.
+
+    Source: Su et al., RoFormer (arXiv 2104.09864), equation 34, with the tables given.
+
+    Args:
+        q, k: [tokens, heads, head_dim]; cos, sin: [positions, head_dim // 2]; token t takes row t % positions.
+
+    Returns:
+        q and k rotated, complex128 arithmetic, as float64.
+    """
+    positions = cos.shape[0]
+    turn = torch.complex(cos.double(), sin.double())
+
+    def rotate(x: Tensor) -> Tensor:
+        out = torch.empty(x.shape, dtype=torch.float64, device=x.device)
+        half = x.shape[-1] // 2
+        pairs = [(2 * j, 2 * j + 1) if interleaved else (j, j + half) for j in range(half)]
+        for j, (real, imaginary) in enumerate(pairs):
+            rows = torch.arange(x.shape[0], device=x.device) % positions
+            turned = torch.complex(x[..., real].double(), x[..., imaginary].double()) * turn[rows, j, None]
+            out[..., real], out[..., imaginary] = turned.real, turned.imag
+        return out
+
+    return rotate(q), rotate(k)
+
+
+def varlen_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(q k^T * scale) v within each sequence and head, in fp64; rows outside every sequence are zero.
+
+    Source: Vaswani et al., Attention Is All You Need (arXiv 1706.03762), equation 1.
+
+    Args:
+        q: [total_tokens, heads, head_dim]; k, v: [total_tokens_k, kv_heads, head_dim];
+        cu_seqlens, cu_seqlens_k: integer [sequences + 1].
+
+    Returns:
+        [total_tokens, heads, head_dim] as float64.
+    """
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    bounds = cu_seqlens.tolist()
+    bounds_k = bounds if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[1] // k.shape[1]
+    for sequence in range(len(bounds) - 1):
+        queries = slice(bounds[sequence], bounds[sequence + 1])
+        keys = slice(bounds_k[sequence], bounds_k[sequence + 1])
+        if keys.start == keys.stop:
+            continue
+        for head in range(q.shape[1]):
+            scores = q[queries, head].double() @ k[keys, head // group].double().T * scale
+            out[queries, head] = torch.softmax(scores, dim=-1) @ v[keys, head // group].double()
+    return out

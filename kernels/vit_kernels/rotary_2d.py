@@ -1,0 +1,96 @@
+"""2D rotary embedding of queries and keys from given cos/sin tables."""
+
+import torch
+from torch import Tensor
+
+from vit_kernels import _dispatch, _validation
+
+
+def rotary_2d(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = True) -> tuple[Tensor, Tensor]:
+    """Rotate channel pairs of q and k by the angles of each token's position.
+
+    Pair (a, b) becomes (a * cos - b * sin, a * sin + b * cos), computed in float32 and rounded once. What makes it
+    2D is the table: half of its columns carry angles of x, half of y. On a CPU the body is inlined, so that a
+    compiler fuses it.
+
+    Source: Su et al., RoFormer (arXiv 2104.09864), section 3.2; the pairings are those of transformers'
+    `modeling_llama4.py` (interleaved) and `modeling_qwen2_5_vl.py` (halves).
+
+    Args:
+        q, k: [tokens, heads, head_dim], float32, float16, bfloat16 (eager: float64 too); the numbers of heads may
+            differ. Any strides with a contiguous last dimension (views of a packed qkv).
+        cos, sin: [positions, head_dim // 2], float32. Token t takes row t % positions.
+        interleaved: pairs are (2j, 2j + 1) (Llama 4); otherwise (j, j + head_dim // 2) (Qwen2.5-VL).
+
+    Returns:
+        New contiguous q and k.
+
+    Raises:
+        TypeError: a dtype that the implementation does not take, or that differs between q and k.
+        ValueError: shapes, strides or devices that do not fit, tokens not a multiple of positions.
+    """
+    impl = _dispatch.choose("rotary_2d", q)
+    _validate(q, k, cos, sin, impl)
+    if impl == "eager":
+        return eager(q, k, cos, sin, interleaved)
+    return torch.ops.vit_kernels.rotary_2d.default(q, k, cos, sin, interleaved, impl)
+
+
+def eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The PyTorch body."""
+    return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    compute_dtype = torch.promote_types(x.dtype, torch.float32)
+    tiles = x.unflatten(0, (-1, cos.shape[0])).to(compute_dtype)  # [tiles, positions, heads, head_dim]
+    cos, sin = cos[:, None].to(compute_dtype), sin[:, None].to(compute_dtype)
+    a, b = (tiles[..., 0::2], tiles[..., 1::2]) if interleaved else tiles.chunk(2, dim=-1)
+    rotated = (a * cos - b * sin, a * sin + b * cos)
+    out = torch.stack(rotated, dim=-1).flatten(-2) if interleaved else torch.cat(rotated, dim=-1)
+    return out.flatten(0, 1).to(x.dtype)
+
+
+def fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Shapes, dtypes and strides of the outputs."""
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    from vit_kernels._triton.rotary_2d import launch
+
+    return launch(q, k, cos, sin, interleaved)
+
+
+def _validate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: str) -> None:
+    for name, x in (("q", q), ("k", k)):
+        _validation.check_tensor(name, x, 3, "[tokens, heads, head_dim]")
+        _validation.check_dtype(name, x, impl)
+        _validation.check_last_dim_contiguous(name, x)
+    _validation.check_like("k", k, "q", q)
+    if k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
+        raise ValueError(f"k: got shape {tuple(k.shape)}, expected tokens and head_dim of q {tuple(q.shape)}")
+    if q.shape[2] % 2:
+        raise ValueError(f"q: got head_dim {q.shape[2]}, expected an even number")
+    for name, table in (("cos", cos), ("sin", sin)):
+        _validation.check_tensor(name, table, 2, "[positions, head_dim // 2]")
+        _validation.check_same_device(name, table, "q", q)
+        if table.dtype != torch.float32:
+            raise TypeError(f"{name}: got {table.dtype}, expected torch.float32")
+        if not table.is_contiguous():
+            raise ValueError(f"{name}: got strides {table.stride()}, expected a contiguous tensor")
+        if table.shape[0] < 1 or table.shape[1] != q.shape[2] // 2 or table.shape != cos.shape:
+            raise ValueError(
+                f"{name}: got shape {tuple(table.shape)}, expected [positions, head_dim // 2 = {q.shape[2] // 2}]"
+            )
+    torch._check_value(
+        q.shape[0] % cos.shape[0] == 0,
+        lambda: f"q: got {q.shape[0]} tokens, expected a multiple of the {cos.shape[0]} positions of cos and sin",
+    )
+
+
+_dispatch.define(
+    "rotary_2d(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, str? impl) -> (Tensor, Tensor)",
+    fake=fake,
+    bodies={"eager": eager, "triton": _launch},
+)

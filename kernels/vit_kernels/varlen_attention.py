@@ -1,0 +1,141 @@
+"""Attention within each of several packed sequences of different lengths."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vit_kernels import _dispatch, _flash_attn, _validation
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen: int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Non-causal softmax(q k^T * scale) v within each sequence of a packed batch.
+
+    Sequence s owns the query rows cu_seqlens[s] to cu_seqlens[s + 1] and the same rows of k and v, or those that
+    cu_seqlens_k names. Sequences may be empty; a query without keys, or outside every sequence, gives zeros. This
+    is one registered op on every device; nothing is read from the device on the host.
+
+    Source: Vaswani et al. (arXiv 1706.03762), equation 1; Dao, FlashAttention-2 (arXiv 2307.08691), algorithm 1;
+    the packed layout is that of flash-attn's `flash_attn_varlen_func`.
+
+    Args:
+        q: [total_tokens, heads, head_dim], float32, float16, bfloat16 (eager: float64 too). Any strides with a
+            contiguous last dimension (views of a packed qkv). head_dim is a multiple of 8 in 16..256.
+        k, v: [total_tokens_k, kv_heads, head_dim]; kv_heads divides heads.
+        cu_seqlens: int32 [sequences + 1] on q's device: 0, then the running sum of the sequence lengths. Its
+            contents are checked on CPUs, on accelerators only under VIT_KERNELS_DEBUG=1.
+        cu_seqlens_k: int32 [sequences + 1], the boundaries in k and v where they differ.
+        max_seqlen: a hint for callers that have it; no implementation needs it.
+        scale: positive; head_dim**-0.5 when None.
+        return_lse, out: reserved.
+
+    Returns:
+        [total_tokens, heads, head_dim], contiguous, dtype of q.
+
+    Raises:
+        TypeError: a dtype that the implementation does not take, or that differs between q, k and v.
+        ValueError: shapes, strides, devices, scale or boundaries that do not fit.
+        NotImplementedError: return_lse or out is given.
+    """
+    if return_lse or out is not None:
+        raise NotImplementedError("return_lse, out: these names are reserved, expected the defaults False and None")
+    impl = _dispatch.choose("varlen_attention", q, tuple(BODIES))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    _validate(q, k, v, cu_seqlens, cu_seqlens_k, scale, impl)
+    return torch.ops.vit_kernels.varlen_attention.default(q, k, v, cu_seqlens, cu_seqlens_k, scale, impl)
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float) -> Tensor:
+    """The PyTorch body: one SDPA call a sequence. It reads the boundaries on the host."""
+    bounds = _validation.check_cu_seqlens_contents("cu_seqlens", cu_seqlens, q.shape[0])
+    bounds_k = bounds
+    if cu_seqlens_k is not None:
+        bounds_k = _validation.check_cu_seqlens_contents("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for start, end, start_k, end_k in zip(bounds, bounds[1:], bounds_k, bounds_k[1:], strict=False):
+        if start == end or start_k == end_k:
+            continue
+        heads_first = (q[start:end], k[start_k:end_k], v[start_k:end_k])
+        sequence = F.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in heads_first), scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        out[start:end] = sequence[0].transpose(0, 1)
+    return out
+
+
+def fake(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float) -> Tensor:
+    """Shape, dtype and strides of the output."""
+    return q.new_empty(q.shape)
+
+
+def _launch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float) -> Tensor:
+    from vit_kernels._triton.varlen_attention import launch
+
+    if q.device.type == "cpu" or _validation.DEVICE_CHECKS:
+        _validation.check_cu_seqlens_contents("cu_seqlens", cu_seqlens, q.shape[0])
+        if cu_seqlens_k is not None:
+            _validation.check_cu_seqlens_contents("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    return launch(q, k, v, cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, scale)
+
+
+def _validate(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float, impl: str
+) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _validation.check_tensor(name, x, 3, "[total_tokens, heads, head_dim]")
+        _validation.check_dtype(name, x, impl)
+        _validation.check_last_dim_contiguous(name, x)
+    _validation.check_like("k", k, "q", q)
+    _validation.check_like("v", v, "q", q)
+    heads, head_dim = q.shape[1:]
+    if head_dim % 8 or not 16 <= head_dim <= 256:
+        raise ValueError(f"q: got head_dim {head_dim}, expected a multiple of 8 in 16..256")
+    if k.shape[2] != head_dim or heads < 1 or k.shape[1] < 1 or heads % k.shape[1]:
+        raise ValueError(f"k: got shape {tuple(k.shape)}, expected head_dim {head_dim} and a divisor of {heads} heads")
+    if v.shape[1:] != k.shape[1:]:
+        raise ValueError(f"v: got shape {tuple(v.shape)}, expected that of k {tuple(k.shape)}")
+    torch._check_value(v.shape[0] == k.shape[0], lambda: f"v: got {v.shape[0]} tokens, expected k's {k.shape[0]}")
+    _validate_cu_seqlens("cu_seqlens", cu_seqlens, q)
+    if cu_seqlens_k is None:
+        torch._check_value(k.shape[0] == q.shape[0], lambda: f"k: got {k.shape[0]} tokens, expected {q.shape[0]}")
+    else:
+        _validate_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
+        torch._check_value(
+            cu_seqlens_k.shape[0] == cu_seqlens.shape[0],
+            lambda: f"cu_seqlens_k: got {cu_seqlens_k.shape[0]} boundaries, expected {cu_seqlens.shape[0]}",
+        )
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale: got {scale}, expected a positive finite number")
+
+
+def _validate_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
+    _validation.check_tensor(name, cu_seqlens, 1, "[sequences + 1]")
+    _validation.check_same_device(name, cu_seqlens, "q", q)
+    _validation.check_last_dim_contiguous(name, cu_seqlens)
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{name}: got {cu_seqlens.dtype}, expected torch.int32")
+    torch._check_value(cu_seqlens.shape[0] >= 1, lambda: f"{name}: got no boundary, expected [sequences + 1]")
+
+
+BODIES = {"eager": eager, "triton": _launch}
+if _flash_attn.INSTALLED:
+    BODIES["flash_attn"] = _flash_attn.varlen_attention
+
+_dispatch.define(
+    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k, float scale, str? impl)"
+    " -> Tensor",
+    fake=fake,
+    bodies=BODIES,
+)
