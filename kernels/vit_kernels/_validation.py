@@ -1,5 +1,6 @@
 """Argument checks shared by the public functions. Each names the argument, what came and what was expected."""
 
+import itertools
 import os
 
 import torch
@@ -50,7 +51,7 @@ def check_cu_seqlens_contents(name: str, cu_seqlens: torch.Tensor, tokens: int) 
     boundaries: list[int] = cu_seqlens.tolist()
     if boundaries[0] != 0:
         raise ValueError(f"{name}: starts at {boundaries[0]}, expected 0")
-    for i, (start, end) in enumerate(zip(boundaries[:-1], boundaries[1:], strict=True)):
+    for i, (start, end) in enumerate(itertools.pairwise(boundaries)):
         if end < start:
             raise ValueError(f"{name}: decreases from {start} to {end} at index {i + 1}, expected sorted boundaries")
     if boundaries[-1] > tokens:

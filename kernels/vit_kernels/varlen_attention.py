@@ -67,10 +67,9 @@ def eager(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Ten
     for start, end, start_k, end_k in zip(bounds, bounds[1:], bounds_k, bounds_k[1:], strict=False):
         if start == end or start_k == end_k:
             continue
-        heads_first = (q[start:end], k[start_k:end_k], v[start_k:end_k])
-        sequence = F.scaled_dot_product_attention(
-            *(x.transpose(0, 1)[None] for x in heads_first), scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        queries, keys, values = (x.transpose(0, 1)[None] for x in (q[start:end], k[start_k:end_k], v[start_k:end_k]))
+        grouped = q.shape[1] != k.shape[1]
+        sequence = F.scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=grouped)
         out[start:end] = sequence[0].transpose(0, 1)
     return out
 
