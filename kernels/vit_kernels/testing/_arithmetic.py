@@ -1,0 +1,163 @@
+"""bf16 arithmetic for Triton's interpreter (written for triton 3.6 to 3.9).
+
+The stock interpreter keeps a bf16 tensor as its raw 16-bit patterns and hands those to numpy as integers. Each hook
+widens them to fp32, lets the stock method work, and rounds its result to bf16.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton._C.libtriton import ir
+from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, ScanOps, TensorHandle
+
+from vit_kernels.testing import _bfloat16 as bfloat16
+
+Method = Callable[..., Any]
+Hook = tuple[object, str, Method]
+
+
+def arithmetic_hooks() -> Iterator[Hook]:
+    """(class, attribute, replacement) of every corrected method."""
+    for hook in (_binary_op(), _ternary_op(), _fma(), _cast(), _fp_to_fp(), _dot(), get_bf16):
+        yield InterpreterBuilder, hook.__name__, hook
+    for name in ("unary_op", "create_erf", "create_rsqrt"):
+        yield InterpreterBuilder, name, _through_fp32(getattr(InterpreterBuilder, name))
+    # min.f32 and max.f32 of a GPU return the operand that is not NaN; triton before 3.9 interprets them otherwise.
+    yield InterpreterBuilder, "create_minnumf", lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
+    yield InterpreterBuilder, "create_maxnumf", lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
+    yield ReduceOps, "min_max", _reduced_in_fp32(_min_max())
+    yield ReduceOps, "sum", _reduced_in_fp32(ReduceOps.sum)
+    yield ScanOps, "cumsum", _reduced_in_fp32(ScanOps.cumsum)
+    yield ScanOps, "cumprod", _reduced_in_fp32(ScanOps.cumprod)
+
+
+def _is_bf16(operand: Any) -> bool:
+    return isinstance(operand, TensorHandle) and operand.dtype.scalar == tl.bfloat16
+
+
+def _widened(operand: Any) -> Any:
+    return TensorHandle(bfloat16.widen(operand.data), tl.float32) if _is_bf16(operand) else operand
+
+
+def _narrowed(handle: TensorHandle) -> TensorHandle:
+    return TensorHandle(bfloat16.narrow(np.asarray(handle.data, dtype=np.float32)), tl.bfloat16)
+
+
+def _through_fp32(stock: Method) -> Method:
+    """The builder method with its bf16 operands widened and its fp32 result rounded back."""
+
+    def method(self: InterpreterBuilder, *operands: Any) -> TensorHandle:
+        if not any(map(_is_bf16, operands)):
+            return stock(self, *operands)
+        result = stock(self, *map(_widened, operands))
+        return _narrowed(result) if result.data.dtype == np.float32 else result
+
+    return method
+
+
+def _binary_op() -> Method:
+    widened = _through_fp32(InterpreterBuilder.binary_op)
+
+    def binary_op(self: InterpreterBuilder, lhs: TensorHandle, rhs: TensorHandle, op: Method) -> TensorHandle:
+        result = widened(self, lhs, rhs, op)
+        # The stock method gives a comparison its operands' dtype, which a later cast of the result would believe.
+        return TensorHandle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
+
+    return binary_op
+
+
+def _ternary_op() -> Method:
+    stock = InterpreterBuilder.ternary_op
+    widened = _through_fp32(stock)
+
+    def ternary_op(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle, op: Method) -> Any:
+        selects_bit_patterns = op is np.where
+        return (stock if selects_bit_patterns else widened)(self, x, y, z, op)
+
+    return ternary_op
+
+
+def _fma() -> Method:
+    stock = InterpreterBuilder.create_fma
+
+    def create_fma(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+        if not _is_bf16(x):
+            return stock(self, x, y, z)
+        return TensorHandle(bfloat16.multiply_add(x.data, y.data, z.data), tl.bfloat16)
+
+    return create_fma
+
+
+def _cast() -> Method:
+    stock = InterpreterBuilder.cast_impl
+
+    def cast_impl(self: InterpreterBuilder, source: TensorHandle, target: tl.dtype) -> TensorHandle:
+        source = _widened(source)
+        # fp64 and integers go through fp32, as in PyTorch and in Triton's compiled code.
+        return _narrowed(source) if target.scalar == tl.bfloat16 else stock(self, source, target)
+
+    return cast_impl
+
+
+def _fp_to_fp() -> Method:
+    stock = InterpreterBuilder.create_fp_to_fp
+
+    def create_fp_to_fp(self: InterpreterBuilder, source: TensorHandle, target: tl.dtype, rounding: Any) -> Any:
+        source = _widened(source)
+        if target.scalar != tl.bfloat16 or source.dtype.scalar.primitive_bitwidth < 16:
+            return stock(self, source, target, rounding)
+        if rounding != ir.ROUNDING_MODE.RTZ:
+            return _narrowed(source)
+        return TensorHandle(bfloat16.narrow_towards_zero(source.data.astype(np.float32)), tl.bfloat16)
+
+    return create_fp_to_fp
+
+
+def _dot() -> Method:
+    stock = InterpreterBuilder.create_dot
+
+    def create_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, c: TensorHandle, *options: Any) -> Any:
+        if a.dtype.scalar not in (tl.bfloat16, tl.float16):
+            return stock(self, a, b, c, *options)
+        a_fp32, b_fp32 = (_widened(x).data.astype(np.float32, copy=False) for x in (a, b))
+        return TensorHandle((np.matmul(a_fp32, b_fp32) + c.data).astype(c.data.dtype, copy=False), c.dtype.scalar)
+
+    return create_dot
+
+
+def get_bf16(self: InterpreterBuilder, value: float) -> TensorHandle:
+    """A constant, which the interpreters before 3.9 lack."""
+    return _narrowed(self.get_fp32(value))
+
+
+def _min_max() -> Method:
+    stock = ReduceOps.min_max
+    # The same results without numpy's warning about slices that are all NaN.
+    quiet = {np.nanmax: np.fmax.reduce, np.nanmin: np.fmin.reduce}
+
+    def min_max(self: ReduceOps, values: Any, val_reduce_op: Method, idx_reduce_op: Method | None = None) -> Any:
+        return stock(self, values, quiet.get(val_reduce_op, val_reduce_op), idx_reduce_op)
+
+    return min_max
+
+
+def _reduced_in_fp32(stock: Method) -> Method:
+    """A reduction or scan of a bf16 tensor made in fp32, its values (not its indices) rounded back."""
+
+    def narrowed(result: tl.tensor) -> tl.tensor:
+        if result.dtype != tl.float32:
+            return result
+        type_ = result.type.with_element_ty(tl.bfloat16) if result.type.is_block() else tl.bfloat16
+        return tl.core.tensor(_narrowed(result.handle), type_)
+
+    def method(self: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+        values = values[0] if isinstance(values, tuple) else values
+        if values.dtype != tl.bfloat16:
+            return stock(self, values, *args, **kwargs)
+        fp32 = tl.core.tensor(_widened(values.handle), values.type.with_element_ty(tl.float32))
+        result = stock(self, fp32, *args, **kwargs)
+        return type(result)(map(narrowed, result)) if isinstance(result, tuple | list) else narrowed(result)
+
+    return method
