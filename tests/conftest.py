@@ -1,0 +1,39 @@
+"""What every test relies on: interpreted kernels, Hypothesis profiles, one thread, and torchvision beside any torch."""
+
+import os
+
+# Read when triton is imported, so before anything imports it. TRITON_INTERPRET=0 runs the tests marked `cuda`.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from experiments.peers import allow_torchvision_beside_cpu_torch
+
+# Deterministic, so that a red run is red again; no deadline, because a first example compiles.
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, print_blob=True, database=None)
+settings.register_profile("thorough", deadline=None, max_examples=200, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# Under bare `pytest` too, what scripts/test.sh sets: small tensors are slower on two threads than on one.
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)
+
+allow_torchvision_beside_cpu_torch()
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Start a test that counts graphs or recompiles without what earlier tests compiled, and leave nothing behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the tests marked `cuda` where there is no such device: nothing can stand in for it."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA or ROCm device")
