@@ -65,11 +65,18 @@ def choose(op: str, x: torch.Tensor, available: tuple[str, ...] = ("eager", "tri
     return implementation
 
 
-def define(schema: str, *, fake: Callable[..., Any], bodies: Mapping[str, Callable[..., Any]]) -> None:
+def define(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    bodies: Mapping[str, Callable[..., Any]],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
     """Register `vit_kernels::NAME` from a schema whose last argument is `str? impl` (no default: torch drops those).
 
     The fake impl and every body take the schema's other arguments. The first one is a tensor whose device decides
-    where the op runs.
+    where the op runs. `setup_context` and `backward` are those of `torch.library.register_autograd`.
     """
     name = schema.partition("(")[0]
 
@@ -90,6 +97,8 @@ def define(schema: str, *, fake: Callable[..., Any], bodies: Mapping[str, Callab
     for key in ("CPU", "CUDA"):
         _library.impl(name, kernel, key)
     torch.library.register_fake(f"vit_kernels::{name}", fake_kernel, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"vit_kernels::{name}", backward, setup_context=setup_context, lib=_library)
 
 
 def launch_context(impl: str, x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

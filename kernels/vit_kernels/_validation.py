@@ -46,6 +46,17 @@ def check_same_device(name: str, x: torch.Tensor, other_name: str, other: torch.
         raise ValueError(f"{name}: got device {x.device}, expected {other.device} as {other_name} has")
 
 
+def check_sizes(condition: bool | torch.SymBool, expected: str, **sizes: int | torch.SymInt) -> None:
+    """Sizes that may be symbolic satisfy `condition`.
+
+    Stated without a message where they are symbolic: a closure in the graph would keep Inductor from caching it.
+    """
+    if torch.compiler.is_compiling() or isinstance(condition, torch.SymBool):
+        torch._check_value(condition)
+    elif not condition:
+        raise ValueError(f"{expected}, got {', '.join(f'{name} {size}' for name, size in sizes.items())}")
+
+
 def check_cu_seqlens_contents(name: str, cu_seqlens: torch.Tensor, tokens: int) -> list[int]:
     """The boundaries as a list, on the host: they start at 0, never decrease and end within `tokens`."""
     boundaries: list[int] = cu_seqlens.tolist()

@@ -1,5 +1,7 @@
 """Pixel shuffle: factor x factor neighbourhoods of a token grid become channels."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -67,8 +69,20 @@ def _validate(x: Tensor, height: int, width: int, factor: int, impl: str) -> Non
         raise ValueError(f"x: got {x.shape[1]} tokens a tile, expected height * width = {height * width}")
 
 
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.height, ctx.width, ctx.factor, _ = inputs
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    rows, columns = ctx.height // ctx.factor, ctx.width // ctx.factor
+    cells = grad.unflatten(1, (rows, columns)).unflatten(3, (ctx.factor, ctx.factor, -1))
+    return cells.transpose(2, 3).flatten(1, 4), None, None, None, None
+
+
 _dispatch.define(
     "pixel_shuffle(Tensor x, SymInt height, SymInt width, SymInt factor, str? impl) -> Tensor",
     fake=fake,
     bodies={"eager": eager, "triton": _launch},
+    setup_context=_setup_context,
+    backward=_backward,
 )

@@ -1,5 +1,7 @@
 """2D rotary embedding of queries and keys from given cos/sin tables."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -83,14 +85,30 @@ def _validate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: str) -> None
             raise ValueError(
                 f"{name}: got shape {tuple(table.shape)}, expected [positions, head_dim // 2 = {q.shape[2] // 2}]"
             )
-    torch._check_value(
+    _validation.check_sizes(
         q.shape[0] % cos.shape[0] == 0,
-        lambda: f"q: got {q.shape[0]} tokens, expected a multiple of the {cos.shape[0]} positions of cos and sin",
+        "q: expected a multiple of the positions of cos and sin as tokens",
+        tokens=q.shape[0],
+        positions=cos.shape[0],
     )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, cos, sin, ctx.interleaved, ctx.impl = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+    cos, sin = ctx.saved_tensors
+    turn_back = torch.ops.vit_kernels.rotary_2d.default
+    grads = turn_back(grad_q.contiguous(), grad_k.contiguous(), cos, -sin, ctx.interleaved, ctx.impl)
+    return *grads, None, None, None, None
 
 
 _dispatch.define(
     "rotary_2d(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, str? impl) -> (Tensor, Tensor)",
     fake=fake,
     bodies={"eager": eager, "triton": _launch},
+    setup_context=_setup_context,
+    backward=_backward,
 )

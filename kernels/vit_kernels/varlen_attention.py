@@ -1,6 +1,8 @@
 """Attention within each of several packed sequences of different lengths."""
 
+import itertools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,19 +61,41 @@ def varlen_attention(
 
 def eager(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float) -> Tensor:
     """The PyTorch body: one SDPA call a sequence. It reads the boundaries on the host."""
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for rows, rows_k in _sequences(q, k, cu_seqlens, cu_seqlens_k):
+        out[rows] = _attend(q[rows], k[rows_k], v[rows_k], scale)
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+    grouped = q.shape[0] != k.shape[0]
+    out = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale, enable_gqa=grouped)
+    return out[0].transpose(0, 1)
+
+
+def _sequences(q: Tensor, k: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None) -> list[tuple[slice, slice]]:
+    """Rows of q and of k of every sequence that has both."""
     bounds = _validation.check_cu_seqlens_contents("cu_seqlens", cu_seqlens, q.shape[0])
     bounds_k = bounds
     if cu_seqlens_k is not None:
         bounds_k = _validation.check_cu_seqlens_contents("cu_seqlens_k", cu_seqlens_k, k.shape[0])
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    for start, end, start_k, end_k in zip(bounds, bounds[1:], bounds_k, bounds_k[1:], strict=False):
-        if start == end or start_k == end_k:
-            continue
-        queries, keys, values = (x.transpose(0, 1)[None] for x in (q[start:end], k[start_k:end_k], v[start_k:end_k]))
-        grouped = q.shape[1] != k.shape[1]
-        sequence = F.scaled_dot_product_attention(queries, keys, values, scale=scale, enable_gqa=grouped)
-        out[start:end] = sequence[0].transpose(0, 1)
-    return out
+    rows = [slice(*pair) for pair in itertools.pairwise(bounds)]
+    rows_k = [slice(*pair) for pair in itertools.pairwise(bounds_k)]
+    return [(r, r_k) for r, r_k in zip(rows, rows_k, strict=True) if r.start < r.stop and r_k.start < r_k.stop]
+
+
+def eager_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v by differentiating SDPA again, one sequence at a time."""
+    grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for rows, rows_k in _sequences(q, k, cu_seqlens, cu_seqlens_k):
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q[rows], k[rows_k], v[rows_k])]
+            out = _attend(inputs[0], inputs[1], inputs[2], scale)
+        grad_q[rows], grad_k[rows_k], grad_v[rows_k] = torch.autograd.grad(out, inputs, grad[rows])
+    return grad_q, grad_k, grad_v
 
 
 def fake(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float) -> Tensor:
@@ -105,15 +129,22 @@ def _validate(
         raise ValueError(f"k: got shape {tuple(k.shape)}, expected head_dim {head_dim} and a divisor of {heads} heads")
     if v.shape[1:] != k.shape[1:]:
         raise ValueError(f"v: got shape {tuple(v.shape)}, expected that of k {tuple(k.shape)}")
-    torch._check_value(v.shape[0] == k.shape[0], lambda: f"v: got {v.shape[0]} tokens, expected k's {k.shape[0]}")
+    _validation.check_sizes(v.shape[0] == k.shape[0], "v: expected as many tokens as k has", v=v.shape[0], k=k.shape[0])
     _validate_cu_seqlens("cu_seqlens", cu_seqlens, q)
     if cu_seqlens_k is None:
-        torch._check_value(k.shape[0] == q.shape[0], lambda: f"k: got {k.shape[0]} tokens, expected {q.shape[0]}")
+        _validation.check_sizes(
+            k.shape[0] == q.shape[0],
+            "k: expected as many tokens as q has, or cu_seqlens_k",
+            k=k.shape[0],
+            q=q.shape[0],
+        )
     else:
         _validate_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
-        torch._check_value(
+        _validation.check_sizes(
             cu_seqlens_k.shape[0] == cu_seqlens.shape[0],
-            lambda: f"cu_seqlens_k: got {cu_seqlens_k.shape[0]} boundaries, expected {cu_seqlens.shape[0]}",
+            "cu_seqlens_k: expected as many boundaries as cu_seqlens has",
+            cu_seqlens_k=cu_seqlens_k.shape[0],
+            cu_seqlens=cu_seqlens.shape[0],
         )
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale: got {scale}, expected a positive finite number")
@@ -125,7 +156,26 @@ def _validate_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
     _validation.check_last_dim_contiguous(name, cu_seqlens)
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name}: got {cu_seqlens.dtype}, expected torch.int32")
-    torch._check_value(cu_seqlens.shape[0] >= 1, lambda: f"{name}: got no boundary, expected [sequences + 1]")
+    _validation.check_sizes(
+        cu_seqlens.shape[0] >= 1, f"{name}: expected at least one boundary", boundaries=cu_seqlens.shape[0]
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, cu_seqlens, cu_seqlens_k, ctx.scale, ctx.impl = inputs
+    ctx.save_for_backward(q, k, v, cu_seqlens, cu_seqlens_k)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.vit_kernels.varlen_attention_backward.default(grad, *ctx.saved_tensors, ctx.scale, ctx.impl)
+    return *grads, None, None, None, None
+
+
+def fake_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes, dtypes and strides of the gradients."""
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 BODIES = {"eager": eager, "triton": _launch}
@@ -137,4 +187,12 @@ _dispatch.define(
     " -> Tensor",
     fake=fake,
     bodies=BODIES,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_dispatch.define(
+    "varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k,"
+    " float scale, str? impl) -> (Tensor, Tensor, Tensor)",
+    fake=fake_backward,
+    bodies={"eager": eager_backward},
 )

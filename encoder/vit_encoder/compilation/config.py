@@ -1,0 +1,47 @@
+"""What to compile and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+DynamicShapes = Literal["unbacked", "backed_size_oblivious", "backed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompilationConfig:
+    """How the components decorated with `support_torch_compile` are compiled.
+
+    Named as in vLLM's `CompilationConfig` where that has the field.
+
+    Args:
+        compile_mm_encoder: compile multimodal encoders; off by default, as upstream.
+        backend: a torch.compile backend's name or a callable (graph module, example inputs) -> callable.
+        dynamic_shapes: how dynamic dimensions are traced. `unbacked` and `backed_size_oblivious` give one graph for
+            every size; `backed` gives two, as the sizes 0 and 1 are special to it. Tracing with fake tensors knows
+            no `unbacked`.
+
+    Raises:
+        TypeError: a field of the wrong type.
+        ValueError: an unknown way of dynamic shapes.
+    """
+
+    compile_mm_encoder: bool = False
+    backend: str | Callable[..., Any] = "inductor"
+    dynamic_shapes: DynamicShapes = "unbacked"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.compile_mm_encoder, bool):
+            raise TypeError(f"compile_mm_encoder: got {self.compile_mm_encoder!r}, expected a bool")
+        if not isinstance(self.backend, str) and not callable(self.backend):
+            raise TypeError(f"backend: got {self.backend!r}, expected a name or a callable")
+        if self.dynamic_shapes not in get_args(DynamicShapes):
+            raise ValueError(
+                f"dynamic_shapes: got {self.dynamic_shapes!r}, expected one of {', '.join(get_args(DynamicShapes))}"
+            )
+
+
+def should_torch_compile_mm_encoder(config: CompilationConfig) -> bool:
+    """The ready-made `enable_if` of multimodal encoders."""
+    return config.compile_mm_encoder

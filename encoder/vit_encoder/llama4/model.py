@@ -1,0 +1,153 @@
+"""The Llama 4 vision encoder, from pixels to projected image features."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from vit_kernels import pixel_shuffle, rotary_2d, varlen_attention
+
+from vit_encoder.compilation import CompilationConfig, support_torch_compile
+from vit_encoder.llama4.config import Llama4VisionConfig
+from vit_encoder.llama4.rotary import RotaryTables
+
+
+class Attention(nn.Module):
+    """Self-attention within each tile, queries and keys rotated by patch position."""
+
+    def __init__(self, config: Llama4VisionConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Shapes: x [tokens, hidden], cu_seqlens [tiles + 1], cos and sin [577, head_dim // 2] -> [tokens, hidden]."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [tokens, 3, heads, head_dim]
+        q, k, v = qkv.unbind(1)  # 3 x [tokens, heads, head_dim]
+        q, k = rotary_2d(q, k, cos, sin)  # 2 x [tokens, heads, head_dim]
+        x = varlen_attention(q, k, v, cu_seqlens)  # [tokens, heads, head_dim]
+        return self.out_proj(x.flatten(1))  # [tokens, hidden]
+
+
+class MLP(nn.Module):
+    """Two linear layers with an erf GELU between them."""
+
+    def __init__(self, config: Llama4VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: [..., hidden] -> [..., hidden]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: Llama4VisionConfig) -> None:
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(config.hidden_size)
+        self.attention = Attention(config)
+        self.norm_2 = nn.LayerNorm(config.hidden_size)
+        self.mlp = MLP(config)
+
+    # Compiled once and called by every layer of the one graph.
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Shapes: x [tokens, hidden], cu_seqlens [tiles + 1], cos and sin [577, head_dim // 2] -> [tokens, hidden]."""
+        x = x + self.attention(self.norm_1(x), cu_seqlens, cos, sin)
+        return x + self.mlp(self.norm_2(x))
+
+
+class Adapter(nn.Module):
+    """Two linear layers without bias, a GELU after each."""
+
+    def __init__(self, config: Llama4VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.intermediate_size, config.projector_input_dim, bias=False)
+        self.fc2 = nn.Linear(config.projector_output_dim, config.projector_output_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: [..., shuffled channels] -> [..., vision_output_dim]."""
+        return F.gelu(self.fc2(F.gelu(self.fc1(x))))
+
+
+@support_torch_compile(dynamic_arg_dims={"pixel_values": 0})
+class Llama4VisionModel(nn.Module):
+    """Llama 4's vision encoder with its adapter: tiles of pixels to image features.
+
+    With `CompilationConfig(compile_mm_encoder=True)` it is one graph for any number of tiles.
+    Source: transformers, `models/llama4/modeling_llama4.py`, `Llama4VisionModel`; vLLM, `mllama4.py`.
+    """
+
+    def __init__(self, config: Llama4VisionConfig, *, compilation_config: CompilationConfig | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.compilation_config = compilation_config
+        self.patch_embed = nn.Linear(config.patch_dim, config.hidden_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        self.position_embedding = nn.Parameter(torch.zeros(config.tokens_per_tile, config.hidden_size))
+        self.rotary = RotaryTables(config)
+        self.norm_pre = nn.LayerNorm(config.hidden_size)
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm_post = nn.LayerNorm(config.hidden_size)
+        self.adapter = Adapter(config)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Encode tiles.
+
+        Args:
+            pixel_values: [tiles, num_channels, image_size, image_size], normalised, in the dtype of the weights.
+
+        Returns:
+            [tiles, output_tokens_per_tile, vision_output_dim], 144 tokens a tile for Llama 4.
+
+        Raises:
+            TypeError: another dtype.
+            ValueError: another rank, device or size, or no tile at all.
+        """
+        if not torch.compiler.is_compiling():
+            self.validate_inputs(pixel_values)
+        config = self.config
+        tokens = config.tokens_per_tile
+        x = rearrange(pixel_values, "n c (h p) (w q) -> n (h w) (c p q)", p=config.patch_size, q=config.patch_size)
+        x = self.patch_embed(x)  # [tiles, 576, hidden]
+        x = torch.cat([x, self.class_embedding.expand(x.shape[0], 1, -1)], dim=1)  # [tiles, 577, hidden]
+        x = self.norm_pre(x + self.position_embedding)  # [tiles, 577, hidden]
+        cu_seqlens = tokens * torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device)  # [tiles + 1]
+        x = x.flatten(0, 1)  # [tiles * 577, hidden]
+        for layer in self.layers:
+            x = layer(x, cu_seqlens, self.rotary.cos, self.rotary.sin)  # [tiles * 577, hidden]
+        x = self.norm_post(x).unflatten(0, (-1, tokens))[:, :-1]  # [tiles, 576, hidden]
+        x = pixel_shuffle(x, config.grid, config.grid, config.shuffle_factor)  # [tiles, 144, intermediate]
+        return self.adapter(x)  # [tiles, 144, vision_output_dim]
+
+    def validate_inputs(self, pixel_values: Tensor) -> None:
+        """Raise what forward's docstring says, outside of any compiled graph."""
+        config, weight = self.config, self.patch_embed.weight
+        expected = (config.num_channels, config.image_size, config.image_size)
+        if not isinstance(pixel_values, Tensor):
+            raise TypeError(f"pixel_values: got {type(pixel_values).__name__}, expected a tensor [tiles, *{expected}]")
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected or pixel_values.shape[0] == 0:
+            raise ValueError(
+                f"pixel_values: got shape {tuple(pixel_values.shape)}, expected [tiles, *{expected}], at least one tile"
+            )
+        if pixel_values.dtype != weight.dtype:
+            raise TypeError(f"pixel_values: got {pixel_values.dtype}, expected {weight.dtype} as the weights have")
+        if pixel_values.device != weight.device:
+            raise ValueError(f"pixel_values: got device {pixel_values.device}, expected {weight.device}")
+
+
+class Llama4MultiModalProjector(nn.Module):
+    """Projects image features to the text model's width."""
+
+    def __init__(self, vision_output_dim: int, text_hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(vision_output_dim, text_hidden_size, bias=False)
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        """Shapes: [..., vision_output_dim] -> [..., text_hidden_size]."""
+        return self.linear(image_features)
