@@ -22,8 +22,7 @@ def arithmetic_hooks() -> Iterator[Hook]:
     """(class, attribute, replacement) of every corrected method."""
     for hook in (_binary_op(), _ternary_op(), _fma(), _cast(), _fp_to_fp(), _dot(), get_bf16):
         yield InterpreterBuilder, hook.__name__, hook
-    for name in ("unary_op", "create_erf", "create_rsqrt"):
-        yield InterpreterBuilder, name, _through_fp32(getattr(InterpreterBuilder, name))
+    yield InterpreterBuilder, "unary_op", _through_fp32(InterpreterBuilder.unary_op)
     # min.f32 and max.f32 of a GPU return the operand that is not NaN; triton before 3.9 interprets them otherwise.
     yield InterpreterBuilder, "create_minnumf", lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
     yield InterpreterBuilder, "create_maxnumf", lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
@@ -106,10 +105,12 @@ def _fp_to_fp() -> Method:
 
     def create_fp_to_fp(self: InterpreterBuilder, source: TensorHandle, target: tl.dtype, rounding: Any) -> Any:
         source = _widened(source)
-        if target.scalar != tl.bfloat16 or source.dtype.scalar.primitive_bitwidth < 16:
+        if min(source.dtype.scalar.primitive_bitwidth, target.scalar.primitive_bitwidth) < 16:
             return stock(self, source, target, rounding)
         if rounding != ir.ROUNDING_MODE.RTZ:
-            return _narrowed(source)
+            return self.cast_impl(source, target)
+        if target.scalar != tl.bfloat16:
+            return stock(self, source, target, rounding)
         return TensorHandle(bfloat16.narrow_towards_zero(source.data.astype(np.float32)), tl.bfloat16)
 
     return create_fp_to_fp
