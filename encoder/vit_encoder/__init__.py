@@ -1,1 +1,31 @@
 """Vision encoders built on vit_kernels, and the compile scaffold that keeps them one graph."""
+
+from vit_encoder.compilation import (
+    CompilationConfig,
+    compilation_counter,
+    should_torch_compile_mm_encoder,
+    support_torch_compile,
+    whole_graph,
+)
+from vit_encoder.llama4 import (
+    Llama4MultiModalProjector,
+    Llama4VisionConfig,
+    Llama4VisionModel,
+    TiledImage,
+    encode_images,
+    tile_image,
+)
+
+__all__ = [
+    "CompilationConfig",
+    "Llama4MultiModalProjector",
+    "Llama4VisionConfig",
+    "Llama4VisionModel",
+    "TiledImage",
+    "compilation_counter",
+    "encode_images",
+    "should_torch_compile_mm_encoder",
+    "support_torch_compile",
+    "tile_image",
+    "whole_graph",
+]

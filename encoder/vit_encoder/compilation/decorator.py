@@ -28,7 +28,8 @@ def support_torch_compile(
     An instance compiles at its first call, if `enable_if` says so of its attribute `compilation_config`, and again
     only if that attribute is replaced. All of Dynamo's guards stay: another dtype, rank, device, grad mode or
     `force_impl` compiles another graph. A module's method `validate_inputs`, if it has one, sees the arguments
-    first: an exception raised inside a graph would reach the caller as a failure of Dynamo. Source: vLLM's `compilation/decorators.py` and its pull request 30709.
+    first: an exception raised inside a graph would reach the caller as a failure of Dynamo.
+    Source: vLLM's `compilation/decorators.py` and its pull request 30709.
 
     Args:
         dynamic_arg_dims: forward's argument names, and which of their dimensions vary from call to call. None may

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -9,7 +12,8 @@ from torch import Tensor, nn
 from vit_kernels import pixel_shuffle, rotary_2d, varlen_attention
 
 from vit_encoder.compilation import CompilationConfig, support_torch_compile
-from vit_encoder.llama4.config import Llama4VisionConfig
+from vit_encoder.llama4.checkpoint import projector_tensors, read_tensors, vision_tensors
+from vit_encoder.llama4.config import Llama4VisionConfig, text_hidden_size
 from vit_encoder.llama4.rotary import RotaryTables
 
 
@@ -125,6 +129,36 @@ class Llama4VisionModel(nn.Module):
         x = pixel_shuffle(x, config.grid, config.grid, config.shuffle_factor)  # [tiles, 144, intermediate]
         return self.adapter(x)  # [tiles, 144, vision_output_dim]
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        compilation_config: CompilationConfig | None = None,
+    ) -> Self:
+        """Read the vision tower, and nothing else, of a Hugging Face checkpoint folder (safetensors only).
+
+        Args:
+            folder: holds config.json and model.safetensors, or shards with their index.
+            dtype, device: of the weights; as stored and PyTorch's default device when None.
+            compilation_config: as in the constructor.
+
+        Returns:
+            The encoder in eval mode.
+
+        Raises:
+            OSError, TypeError, ValueError: as `Llama4VisionConfig.from_hf` and `read_tensors` say; tensors that are
+                missing, unexpected, misshapen or corrupt are listed in one ValueError.
+        """
+        config = Llama4VisionConfig.from_hf(folder)
+        tensors = read_tensors(folder, vision_tensors(config), dtype=dtype, device=device)
+        with torch.device("meta"):
+            model = cls(config, compilation_config=compilation_config)
+        model.load_state_dict(tensors, assign=True)
+        return model.to(model.class_embedding.device).eval()
+
     def validate_inputs(self, pixel_values: Tensor) -> None:
         """Raise what forward's docstring says, outside of any compiled graph."""
         config, weight = self.config, self.patch_embed.weight
@@ -144,10 +178,26 @@ class Llama4VisionModel(nn.Module):
 class Llama4MultiModalProjector(nn.Module):
     """Projects image features to the text model's width."""
 
-    def __init__(self, vision_output_dim: int, text_hidden_size: int) -> None:
+    def __init__(self, vision_output_dim: int, text_width: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(vision_output_dim, text_hidden_size, bias=False)
+        self.linear = nn.Linear(vision_output_dim, text_width, bias=False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Read the projector of a Hugging Face checkpoint folder; arguments and errors as for `Llama4VisionModel`."""
+        width, text_width = Llama4VisionConfig.from_hf(folder).vision_output_dim, text_hidden_size(folder)
+        tensors = read_tensors(folder, projector_tensors(width, text_width), dtype=dtype, device=device)
+        with torch.device("meta"):
+            projector = cls(width, text_width)
+        projector.load_state_dict(tensors, assign=True)
+        return projector.eval()
 
     def forward(self, image_features: Tensor) -> Tensor:
-        """Shapes: [..., vision_output_dim] -> [..., text_hidden_size]."""
+        """Shapes: [..., vision_output_dim] -> [..., text_width]."""
         return self.linear(image_features)
