@@ -25,7 +25,7 @@ def corrected_interpreter() -> Iterator[OperationCounts]:
     - `tl.minimum` and `tl.maximum` return the operand that is not NaN, as on a GPU.
     - Every active lane of every load, store and atomic must lie on an element of a tensor argument of the launch:
       the gaps of a strided view are outside. A lane that lands in another argument by mistake is not found: poison
-      with NaN as well (`nan_filled_empty`, `PaddedTensor`).
+      with NaN as well (`nan_filled_empty`, `nan_padded`).
     - Launches are a few times faster than stock.
 
     Contexts nest: the inner one counts its own kernels, and they are added to the outer counts when it ends. All
