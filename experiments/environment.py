@@ -100,8 +100,8 @@ def _git_output(*arguments: str) -> str:
 
 
 def _variables(variables: Mapping[str, str]) -> dict[str, str]:
-    host = socket.gethostname()
-    private = {"/", "\\", "~", host, host.partition(".")[0], *map(variables.get, ("USER", "LOGNAME", "USERNAME"))}
+    host = socket.gethostname().partition(".")[0]
+    private = {"/", "\\", "~", host, *map(variables.get, ("USER", "LOGNAME", "USERNAME"))}
     return {
         name: "<redacted>" if any(part and part in value for part in private) else value
         for name, value in sorted(variables.items())

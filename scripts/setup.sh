@@ -97,7 +97,6 @@ set_up() {
 
 # Quick when nothing changed. Two first calls at once take turns where flock exists (Linux).
 ensure_environment() {
-  is_set_up && return
   exec 9<"$PROJECT_ROOT/pyproject.toml"
   if command -v flock >/dev/null 2>&1 && ! flock -n 9; then
     say "set-up: waiting for another set-up of this folder to end"

@@ -30,7 +30,7 @@ case "$*" in "${{FAIL:-never}}"*) exit 7 ;; esac
 case "$*" in
   "-m venv "*) rm -rf "${{@: -1}}"; mkdir -p "${{@: -1}}/bin"; cp "$0" "${{@: -1}}/bin/python" ;;
   "-m pip --version") ;;
-  "-m pip install "*) sleep "${{INSTALL_SECONDS:-0}}" ;;
+  "-m pip install "*) echo "what pip says in $PWD"; sleep "${{INSTALL_SECONDS:-0}}" ;;
   "-c import torch"*) ;;
   *experiments.compile_encoder* | "-m pytest"*)
     printf '%s\\n' "cwd=$PWD" "path=$PYTHONPATH" "profile=$HYPOTHESIS_PROFILE" "threads=$OMP_NUM_THREADS" "$@" ;;
@@ -85,6 +85,7 @@ def test_the_first_call_sets_up_and_the_second_installs_nothing(project: Project
     first = project.run("--layers", "2")
     assert first.returncode == 0, first.stderr
     assert project.steps() == list(STEPS)
+    assert f"what pip says in {project.root}\n" in first.stderr
     assert "-m pip install --no-input -c constraints.txt -e .[dev]\n" in project.calls_file.read_text()
     second = project.run("--layers", "2")
     assert project.steps() == []
