@@ -1,0 +1,237 @@
+"""The sizes of a Llama 4 vision encoder, and how they are read from a Hugging Face configuration."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+CONFIG_FILE = "config.json"
+
+
+@runtime_checkable
+class SupportsToDict(Protocol):
+    """What this module needs of a transformers configuration object."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as nested plain dictionaries."""
+        ...
+
+
+HfConfig: TypeAlias = Mapping[str, Any] | SupportsToDict | str | os.PathLike[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama4VisionConfig:
+    """Sizes of the vision encoder, named as in the Hugging Face `vision_config`; the defaults are Llama 4 Scout's.
+
+    Only fields that change the computation are here. transformers (5.23, `models/llama4/modeling_llama4.py`) ignores
+    `norm_eps` (every LayerNorm takes PyTorch's 1e-5), `hidden_act` (the erf GELU, hard-coded) and
+    `multi_modal_projector_bias` (never a bias), and dropout is for training: they are not carried.
+    Several fields are tied to each other there, and are checked here:
+    `intermediate_size` is both the width of the blocks' MLP and the input width of the adapter's fc1, which takes
+    the shuffled patches; fc1 gives `projector_input_dim` and fc2 takes `projector_output_dim`; the multi-modal
+    projector takes `vision_output_dim`, the adapter gives `projector_output_dim`.
+
+    Raises TypeError for a field of the wrong type and ValueError for sizes that do not fit together.
+    """
+
+    hidden_size: int = 1408
+    num_hidden_layers: int = 34
+    num_attention_heads: int = 16
+    intermediate_size: int = 5632
+    image_size: int = 336
+    patch_size: int = 14
+    num_channels: int = 3
+    pixel_shuffle_ratio: float = 0.5
+    projector_input_dim: int = 4096
+    projector_output_dim: int = 4096
+    vision_output_dim: int = 4096
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_positive(field.name, getattr(self, field.name), whole=field.type == "int")
+        self._check_grid()
+        self._check_heads()
+        self._check_adapter()
+
+    def _check_grid(self) -> None:
+        inverse = 1 / self.pixel_shuffle_ratio
+        if math.isinf(inverse) or not math.isclose(inverse, round(inverse)):
+            raise ValueError(f"pixel_shuffle_ratio must be 1 / a whole number, got {self.pixel_shuffle_ratio}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size must be a multiple of patch_size, got image_size {self.image_size} "
+                f"and patch_size {self.patch_size}"
+            )
+        if self.grid % self.shuffle_factor:
+            raise ValueError(
+                f"image_size / patch_size must be a multiple of 1 / pixel_shuffle_ratio = {self.shuffle_factor}, got "
+                f"{self.image_size} / {self.patch_size} = {self.grid}"
+            )
+
+    def _check_heads(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads, got hidden_size {self.hidden_size} "
+                f"and num_attention_heads {self.num_attention_heads}"
+            )
+        if self.head_dim % 8 or not 16 <= self.head_dim <= 256:
+            raise ValueError(
+                "hidden_size / num_attention_heads must be a multiple of 8 in 16..256 (the attention kernel's range), "
+                f"got {self.hidden_size} / {self.num_attention_heads} = {self.head_dim}"
+            )
+
+    def _check_adapter(self) -> None:
+        shuffled = self.hidden_size * self.shuffle_factor**2
+        if self.intermediate_size != shuffled:
+            raise ValueError(
+                "intermediate_size must be hidden_size / pixel_shuffle_ratio**2, the width of a shuffled patch: "
+                f"expected {shuffled}, got {self.intermediate_size}"
+            )
+        for name in ("projector_input_dim", "vision_output_dim"):
+            if getattr(self, name) != self.projector_output_dim:
+                raise ValueError(
+                    f"{name} must equal projector_output_dim, got {name} {getattr(self, name)} "
+                    f"and projector_output_dim {self.projector_output_dim}"
+                )
+
+    @classmethod
+    def scout(cls) -> Llama4VisionConfig:
+        """The encoder of Llama 4 Scout and Maverick: 34 layers, 16 heads of 88, 577 tokens a tile of 336 pixels."""
+        return cls()
+
+    @classmethod
+    def tiny(cls) -> Llama4VisionConfig:
+        """Two layers that keep Scout's awkward sizes: heads of 88, 65 = 64 + 1 tokens a tile, no power-of-two width."""
+        return cls(
+            hidden_size=176,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=704,
+            image_size=112,
+            projector_input_dim=120,
+            projector_output_dim=120,
+            vision_output_dim=120,
+        )
+
+    @classmethod
+    def from_hf(cls, config: HfConfig) -> Llama4VisionConfig:
+        """Reads a Hugging Face configuration: of the whole model (with a `vision_config`) or of the vision model alone.
+
+        `config` is a transformers configuration object, a mapping, or the path of a config.json or of its folder.
+        Unknown keys are ignored. `rope_theta` may stand in `rope_parameters`, which wins as it does in transformers,
+        or beside the other fields. Nothing is filled in: the defaults of transformers' class are not Llama 4's.
+
+        Raises ValueError listing every missing field, for broken JSON and for sizes that do not fit together;
+        TypeError for anything else than a configuration; OSError for a path that cannot be read.
+        """
+        whole = _whole_config(config)
+        section = _as_mapping("vision_config", whole.get("vision_config", whole))
+        rope = _as_mapping("rope_parameters", section.get("rope_parameters") or {})
+        given: dict[str, Any] = {field.name: section.get(field.name) for field in fields(cls)}
+        given["rope_theta"] = rope.get("rope_theta", given["rope_theta"])
+        if missing := [name for name, value in given.items() if value is None]:
+            raise ValueError(f"the vision configuration lacks {', '.join(missing)}; it has {list(section)}")
+        return cls(**given)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def grid(self) -> int:
+        """Patches along each side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches_per_tile(self) -> int:
+        """Patches of one tile, the class token not counted."""
+        return self.grid**2
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Tokens of one tile inside the blocks: its patches and the class token."""
+        return self.patches_per_tile + 1
+
+    @property
+    def output_tokens_per_tile(self) -> int:
+        """Tokens of one tile after the pixel shuffle."""
+        return (self.grid // self.shuffle_factor) ** 2
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one unfolded patch."""
+        return self.num_channels * self.patch_size**2
+
+    @property
+    def shuffle_factor(self) -> int:
+        """Patches along each side of the square that the pixel shuffle merges into one token."""
+        return round(1 / self.pixel_shuffle_ratio)
+
+
+def text_hidden_size(config: HfConfig) -> int:
+    """Width of the language model of a whole Llama 4 configuration: what the multi-modal projector puts out.
+
+    Takes what `Llama4VisionConfig.from_hf` takes and raises as it does; a vision configuration alone has no such width.
+    """
+    whole = _whole_config(config)
+    width = _as_mapping("text_config", whole.get("text_config") or {}).get("hidden_size")
+    if width is None:
+        raise ValueError(
+            "the configuration lacks text_config.hidden_size, the multi-modal projector's output width; "
+            f"it has {list(whole)}"
+        )
+    _check_positive("text_config.hidden_size", width, whole=True)
+    return width
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a config.json, given its path or its folder's, as plain dictionaries.
+
+    Raises FileNotFoundError where there is no such file and ValueError where it does not hold a JSON object.
+    """
+    path = Path(path)
+    return read_json_object(path / CONFIG_FILE if path.is_dir() else path)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads a file that holds one JSON object; raises FileNotFoundError or ValueError, naming the file."""
+    # Asked first, because opening a named pipe would wait for a writer for ever.
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _whole_config(config: HfConfig) -> Mapping[str, Any]:
+    return _as_mapping("config", read_config(config) if isinstance(config, str | os.PathLike) else config)
+
+
+def _as_mapping(name: str, config: object) -> Mapping[str, Any]:
+    # A path is no answer here: a configuration must not make us read another file.
+    if isinstance(config, SupportsToDict) and not isinstance(config, type):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        raise TypeError(f"{name} must be a configuration object or a mapping, got {type(config).__name__}")
+    return config
+
+
+def _check_positive(name: str, value: object, *, whole: bool) -> None:
+    expected = "a positive integer" if whole else "a positive finite number"
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
+    if not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
