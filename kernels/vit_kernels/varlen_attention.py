@@ -54,8 +54,8 @@ def varlen_attention(
     if return_lse or out is not None:
         raise NotImplementedError("return_lse, out: these names are reserved, expected the defaults False and None")
     impl = _dispatch.choose("varlen_attention", q, tuple(BODIES))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     _validate(q, k, v, cu_seqlens, cu_seqlens_k, scale, impl)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
     return torch.ops.vit_kernels.varlen_attention.default(q, k, v, cu_seqlens, cu_seqlens_k, scale, impl)
 
 
@@ -88,14 +88,28 @@ def _sequences(q: Tensor, k: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | 
 def eager_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v by differentiating SDPA again, one sequence at a time."""
+    """Gradients of q, k, v, recomputing the probabilities one sequence at a time.
+
+    Written out, since a kernel cannot differentiate: it may run below autograd.
+    """
     grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for rows, rows_k in _sequences(q, k, cu_seqlens, cu_seqlens_k):
-        with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in (q[rows], k[rows_k], v[rows_k])]
-            out = _attend(inputs[0], inputs[1], inputs[2], scale)
-        grad_q[rows], grad_k[rows_k], grad_v[rows_k] = torch.autograd.grad(out, inputs, grad[rows])
+        sequence = _attend_backward(grad[rows], q[rows], k[rows_k], v[rows_k], scale)
+        grad_q[rows], grad_k[rows_k], grad_v[rows_k] = sequence
     return grad_q, grad_k, grad_v
+
+
+def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    compute_dtype = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    grad, q, k, v = (x.transpose(0, 1).to(compute_dtype) for x in (grad, q, k, v))  # [heads, tokens, head_dim]
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    p = torch.softmax(q @ k.mT * scale, dim=-1)
+    grad_p = grad @ v.mT
+    grad_scores = p * (grad_p - (p * grad_p).sum(-1, keepdim=True)) * scale
+    grad_k = (grad_scores.mT @ q).unflatten(0, (-1, group)).sum(1)
+    grad_v = (p.mT @ grad).unflatten(0, (-1, group)).sum(1)
+    return (grad_scores @ k).transpose(0, 1), grad_k.transpose(0, 1), grad_v.transpose(0, 1)
 
 
 def fake(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float) -> Tensor:
@@ -114,7 +128,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: T
 
 
 def _validate(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float, impl: str
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float | None, impl: str
 ) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _validation.check_tensor(name, x, 3, "[total_tokens, heads, head_dim]")
@@ -146,7 +160,7 @@ def _validate(
             cu_seqlens_k=cu_seqlens_k.shape[0],
             cu_seqlens=cu_seqlens.shape[0],
         )
-    if not (math.isfinite(scale) and scale > 0):
+    if scale is not None and not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale: got {scale}, expected a positive finite number")
 
 

@@ -20,7 +20,8 @@ class CompilationConfig:
         backend: a torch.compile backend's name or a callable (graph module, example inputs) -> callable.
         dynamic_shapes: how dynamic dimensions are traced. `unbacked` and `backed_size_oblivious` give one graph for
             every size; `backed` gives two, as the sizes 0 and 1 are special to it. Tracing with fake tensors knows
-            no `unbacked`.
+            no `unbacked`. With gradients `unbacked` is traced as `backed_size_oblivious`: torch 2.13 gets gradients
+            wrong otherwise.
 
     Raises:
         TypeError: a field of the wrong type.

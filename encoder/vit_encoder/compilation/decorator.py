@@ -12,7 +12,7 @@ import torch._dynamo
 import torch.fx.experimental._config as fx_config
 from torch import Tensor, nn
 
-from vit_encoder.compilation.config import CompilationConfig, should_torch_compile_mm_encoder
+from vit_encoder.compilation.config import CompilationConfig, DynamicShapes, should_torch_compile_mm_encoder
 from vit_encoder.compilation.counter import compilation_counter
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
@@ -61,10 +61,11 @@ def support_torch_compile(
             named = dict(zip(parameters, args, strict=False)) | kwargs
             if validates:
                 self.validate_inputs(**named)  # type: ignore[operator]
+            shapes = _dynamic_shapes(config)
             for name, indices in dims.items():
                 if (tensor := named.get(name)) is not None:
-                    named[name] = _mark(name, tensor, indices, config)
-            with _tracing(config):
+                    named[name] = _mark(name, tensor, indices, shapes)
+            with _tracing(shapes):
                 return self._wrapped_call_impl(**named)
 
         cls.__call__ = call  # type: ignore[method-assign]
@@ -88,20 +89,27 @@ def _compile_once(module: nn.Module, config: CompilationConfig) -> None:
     module._compiled_for = config  # type: ignore[assignment]
 
 
-def _mark(name: str, tensor: Tensor, dims: tuple[int, ...], config: CompilationConfig) -> Tensor:
+def _dynamic_shapes(config: CompilationConfig) -> DynamicShapes:
+    # torch 2.13's Inductor gives wrong gradients around a nested region with an unbacked size.
+    if config.dynamic_shapes == "unbacked" and torch.is_grad_enabled():
+        return "backed_size_oblivious"
+    return config.dynamic_shapes
+
+
+def _mark(name: str, tensor: Tensor, dims: tuple[int, ...], shapes: DynamicShapes) -> Tensor:
     for dim in dims:
         if tensor.shape[dim] == 0:
             raise ValueError(f"{name}: got size 0 in dimension {dim} of {tuple(tensor.shape)}, expected at least 1")
     # Marks are attributes of the tensor object: they go on an alias, not on the caller's tensor.
     alias = tensor.view_as(tensor)
-    if config.dynamic_shapes == "unbacked":
+    if shapes == "unbacked":
         torch._dynamo.decorators.mark_unbacked(alias, dims)
     else:
         torch._dynamo.mark_dynamic(alias, dims)
     return alias
 
 
-def _tracing(config: CompilationConfig) -> contextlib.AbstractContextManager[Any]:
-    if config.dynamic_shapes == "backed_size_oblivious":
+def _tracing(shapes: DynamicShapes) -> contextlib.AbstractContextManager[Any]:
+    if shapes == "backed_size_oblivious":
         return fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     return contextlib.nullcontext()
