@@ -1,0 +1,150 @@
+"""What both readers of machine code give: instructions, their counts, the loop that matters among them."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+import networkx as nx  # type: ignore[import-untyped]
+
+
+class Instruction(NamedTuple):
+    """One instruction of SASS or of AMD assembly.
+
+    Attributes:
+        opcode: with its modifiers, such as "LDG.E.128" or "buffer_load_dwordx4".
+        operands: the rest of the line.
+        labels: those that stand before it.
+        targets: labels to which control may go.
+        falls_through: whether control may go on to the next instruction.
+    """
+
+    opcode: str
+    operands: str
+    labels: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    falls_through: bool = True
+
+
+class Kind(NamedTuple):
+    """What an instruction is: a name of a field of `InstructionCounts`, and the bytes a lane that it moves."""
+
+    name: str
+    lane_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one thread (lane) of a kernel takes; as in `KernelReport`."""
+
+    registers: int
+    stack_bytes: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+
+
+@dataclass(frozen=True)
+class InstructionCounts:
+    """Static counts: each instruction of the text once, however often it runs.
+
+    Attributes:
+        opcodes: of every instruction, with modifiers.
+        matrix: opcodes of matrix instructions (HMMA, HGMMA, UTC*MMA, v_mfma and their like).
+        global_loads: bytes a lane -> count of loads from global memory into registers.
+        global_stores: bytes a lane -> count of stores from registers to global memory.
+        async_copies: bytes a lane -> count of copies from global to shared memory (cp.async; loads to LDS).
+        bulk_copies: TMA loads, stores and reductions.
+        local_loads: bytes a lane -> count of loads from local (scratch) memory, such as reloads of spills.
+        local_stores: bytes a lane -> count of stores to it.
+    """
+
+    opcodes: Counter[str] = field(default_factory=Counter)
+    matrix: Counter[str] = field(default_factory=Counter)
+    global_loads: Counter[int] = field(default_factory=Counter)
+    global_stores: Counter[int] = field(default_factory=Counter)
+    async_copies: Counter[int] = field(default_factory=Counter)
+    bulk_copies: int = 0
+    local_loads: Counter[int] = field(default_factory=Counter)
+    local_stores: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def total(self) -> int:
+        """Number of instructions."""
+        return self.opcodes.total()
+
+
+def count(instructions: Iterable[Instruction], kind_of: Callable[[Instruction], Kind | None]) -> InstructionCounts:
+    """Count instructions by the kinds of their instruction set."""
+    instructions = list(instructions)
+    kinds = [(instruction, kind_of(instruction)) for instruction in instructions]
+
+    def widths(name: str) -> Counter[int]:
+        return Counter(kind.lane_bytes for _, kind in kinds if kind and kind.name == name)
+
+    return InstructionCounts(
+        opcodes=Counter(instruction.opcode for instruction in instructions),
+        matrix=Counter(instruction.opcode for instruction, kind in kinds if kind and kind.name == "matrix"),
+        global_loads=widths("global_loads"),
+        global_stores=widths("global_stores"),
+        async_copies=widths("async_copies"),
+        bulk_copies=sum(kind is not None and kind.name == "bulk_copies" for _, kind in kinds),
+        local_loads=widths("local_loads"),
+        local_stores=widths("local_stores"),
+    )
+
+
+def main_loop(
+    instructions: Sequence[Instruction], kind_of: Callable[[Instruction], Kind | None]
+) -> list[Instruction] | None:
+    """The innermost loop with matrix instructions (with most of them); without any, the longest innermost loop.
+
+    None when there is no loop.
+    """
+    loops = natural_loops(instructions)
+    matrix = {i for i, x in enumerate(instructions) if (kind := kind_of(x)) and kind.name == "matrix"}
+    candidates = [loop for loop in loops if loop & matrix] or loops
+    innermost = [loop for loop in candidates if not any(other < loop for other in candidates)]
+    if not innermost:
+        return None
+    longest = max(innermost, key=lambda loop: (len(loop & matrix), len(loop)))
+    return [instructions[i] for i in sorted(longest)]
+
+
+def natural_loops(instructions: Sequence[Instruction]) -> list[set[int]]:
+    """Indices of the instructions of each natural loop.
+
+    A loop is an edge to an instruction that dominates its origin, with all that reaches the origin without passing
+    that instruction (Aho, Lam, Sethi, Ullman, Compilers, 9.6). "Back to the nearest label above" would take
+    out-of-line waits on barriers for loops, and miss that they belong to one.
+    """
+    graph = _control_flow(instructions)
+    dominator = nx.immediate_dominators(graph, 0)
+    bodies: dict[int, set[int]] = {}
+    for origin, header in graph.edges:
+        if origin in dominator and _dominates(header, origin, dominator):
+            without_header = graph.subgraph(graph.nodes - {header})
+            inside = {origin} | nx.ancestors(without_header, origin) if origin != header else set()
+            bodies.setdefault(header, {header}).update(inside)
+    return list(bodies.values())
+
+
+def _control_flow(instructions: Sequence[Instruction]) -> "nx.DiGraph[int]":
+    index_of = {label: i for i, instruction in enumerate(instructions) for label in instruction.labels}
+    graph: nx.DiGraph[int] = nx.DiGraph()
+    graph.add_nodes_from(range(len(instructions)))
+    graph.add_edges_from((i, j) for i, j in pairwise(range(len(instructions))) if instructions[i].falls_through)
+    for i, instruction in enumerate(instructions):
+        graph.add_edges_from((i, index_of[target]) for target in instruction.targets if target in index_of)
+    reachable = nx.descendants(graph, 0) | {0}
+    return graph.subgraph(reachable).copy()
+
+
+def _dominates(header: int, node: int, immediate_dominator: dict[int, int]) -> bool:
+    # A root is given as its own dominator, or not at all, as the version of networkx has it.
+    while node != header:
+        above = immediate_dominator.get(node, node)
+        if above in (node, None):
+            return False
+        node = above
+    return True

@@ -1,0 +1,105 @@
+"""Reading what ptxas made: SASS and its resources."""
+
+import contextlib
+import io
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from triton import knobs
+from triton.compiler.compiler import make_backend
+
+from vit_kernels.inspection.instructions import Instruction, Kind, Resources
+
+_MATRIX = re.compile(r"([HIDQBO]MMA|[HIQB]GMMA|UTC\w*MMA)\b")
+_BULK = re.compile(r"(UTMALDG|UTMASTG|UTMAREDG|UBLKCP|UBLKRED)\b")
+_WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+_MEMORY = {
+    "LDG": "global_loads",
+    "STG": "global_stores",
+    "LDGSTS": "async_copies",
+    "LDL": "local_loads",
+    "STL": "local_stores",
+}
+_LABEL = re.compile(r"^(\.L_\w+):")
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_TARGET = re.compile(r"`\((\.L_\w+)\)")
+
+
+def texts(kernel: Any) -> dict[str, str]:
+    """The compiler's stages, PTX, and the SASS of the Triton wheel's nvdisasm."""
+    return {name: kernel.asm[name] for name in ("ttir", "ttgir", "llir", "ptx")} | {
+        "sass": _disassemble(kernel.asm["cubin"])
+    }
+
+
+def _disassemble(cubin: bytes) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.nvdisasm.path, "-c", str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def parse(asm: dict[str, str]) -> list[Instruction]:
+    """The instructions of nvdisasm's text."""
+    instructions: list[Instruction] = []
+    labels: list[str] = []
+    reconvergence: dict[str, str] = {}
+    for line in asm["sass"].splitlines():
+        if label := _LABEL.match(line):
+            labels.append(label.group(1))
+        elif found := _INSTRUCTION.match(line):
+            predicate, opcode, operands = found.groups()
+            instruction = _with_control_flow(opcode, operands, bool(predicate), reconvergence)
+            instructions.append(instruction._replace(labels=tuple(labels)))
+            labels = []
+    return instructions
+
+
+def _with_control_flow(opcode: str, operands: str, predicated: bool, reconvergence: dict[str, str]) -> Instruction:
+    name = opcode.partition(".")[0]
+    targets = tuple(_TARGET.findall(operands))
+    if name == "BRA":
+        conditional = predicated or not operands.startswith("`")
+        return Instruction(opcode, operands, targets=targets, falls_through=conditional)
+    if name == "BSSY":
+        # Only names where BSYNC on the same barrier will go.
+        reconvergence[operands.partition(",")[0].strip()] = targets[0] if targets else ""
+        return Instruction(opcode, operands)
+    if name == "BSYNC":
+        return Instruction(opcode, operands, targets=(reconvergence.get(operands.strip(), ""),))
+    return Instruction(opcode, operands, falls_through=predicated or name not in ("EXIT", "RET", "BRX", "JMP"))
+
+
+def kind_of(instruction: Instruction) -> Kind | None:
+    """Classify a SASS instruction."""
+    name, *modifiers = instruction.opcode.split(".")
+    if _MATRIX.match(name):
+        return Kind("matrix")
+    if _BULK.match(name):
+        return Kind("bulk_copies")
+    if name in _MEMORY:
+        return Kind(_MEMORY[name], next((_WIDTHS[modifier] for modifier in modifiers if modifier in _WIDTHS), 4))
+    return None
+
+
+def resources(kernel: Any, asm: dict[str, str]) -> Resources:
+    """What ptxas says of a compiled kernel, run once more with the flags that Triton gives it."""
+    backend = make_backend(kernel.metadata.target)
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
+        knobs.nvidia.dump_ptxas_log = True
+        backend.make_cubin(asm["ptx"], {}, kernel.metadata, kernel.metadata.target.arch)
+    return parse_ptxas_log(log.getvalue())
+
+
+def parse_ptxas_log(log: str) -> Resources:
+    """The figures of `ptxas -v`, summed (registers: the most) when functions were not inlined."""
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = re.findall(r"Used (\d+) registers", log)
+    if not spills or not registers:
+        raise RuntimeError(f"ptxas -v: expected lines on registers and spills, got {log!r}")
+    stack, stores, loads = (sum(map(int, column)) for column in zip(*spills, strict=True))
+    return Resources(max(map(int, registers)), stack_bytes=stack, spill_store_bytes=stores, spill_load_bytes=loads)
