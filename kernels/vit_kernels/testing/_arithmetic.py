@@ -20,9 +20,10 @@ Hook = tuple[object, str, Method]
 
 def arithmetic_hooks() -> Iterator[Hook]:
     """(class, attribute, replacement) of every corrected method."""
-    for hook in (_binary_op(), _ternary_op(), _fma(), _cast(), _fp_to_fp(), _dot(), get_bf16):
+    for hook in (_ternary_op(), _fma(), _cast(), _fp_to_fp(), _dot(), get_bf16):
         yield InterpreterBuilder, hook.__name__, hook
-    yield InterpreterBuilder, "unary_op", _through_fp32(InterpreterBuilder.unary_op)
+    for name in ("unary_op", "binary_op"):
+        yield InterpreterBuilder, name, _through_fp32(getattr(InterpreterBuilder, name))
     # min.f32 and max.f32 of a GPU return the operand that is not NaN; triton before 3.9 interprets them otherwise.
     yield InterpreterBuilder, "create_minnumf", lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
     yield InterpreterBuilder, "create_maxnumf", lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
@@ -54,17 +55,6 @@ def _through_fp32(stock: Method) -> Method:
         return _narrowed(result) if result.data.dtype == np.float32 else result
 
     return method
-
-
-def _binary_op() -> Method:
-    widened = _through_fp32(InterpreterBuilder.binary_op)
-
-    def binary_op(self: InterpreterBuilder, lhs: TensorHandle, rhs: TensorHandle, op: Method) -> TensorHandle:
-        result = widened(self, lhs, rhs, op)
-        # The stock method gives a comparison its operands' dtype, which a later cast of the result would believe.
-        return TensorHandle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
-
-    return binary_op
 
 
 def _ternary_op() -> Method:
@@ -119,11 +109,8 @@ def _fp_to_fp() -> Method:
 def _dot() -> Method:
     stock = InterpreterBuilder.create_dot
 
-    def create_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, c: TensorHandle, *options: Any) -> Any:
-        if a.dtype.scalar not in (tl.bfloat16, tl.float16):
-            return stock(self, a, b, c, *options)
-        a_fp32, b_fp32 = (_widened(x).data.astype(np.float32, copy=False) for x in (a, b))
-        return TensorHandle((np.matmul(a_fp32, b_fp32) + c.data).astype(c.data.dtype, copy=False), c.dtype.scalar)
+    def create_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *args: Any) -> TensorHandle:
+        return stock(self, _widened(a), _widened(b), *args)
 
     return create_dot
 
