@@ -189,6 +189,8 @@ class TestPixels:
             (200, 2),
             (2100, 1100),
             (336, 5377),
+            (15, 20),  # one pixel narrower if the scale were float32,
+            (650, 3900),  # and one pixel higher if this one were float64
         ],
     )
     def test_equal_transformers_at_full_size(

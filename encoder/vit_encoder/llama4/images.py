@@ -136,10 +136,9 @@ def _fitted_size(height: int, width: int, canvas_height: int, canvas_width: int,
     """Size of the image on its canvas: enlarged to `image_size` at most, else shrunk to fit, aspect ratio kept."""
     room_height, scale_height = _side_scale(height, canvas_height, image_size)
     room_width, scale_width = _side_scale(width, canvas_width, image_size)
-    coarser = np.float32 if np.float32 in (type(scale_height), type(scale_width)) else np.float64
-    if coarser(scale_width) < coarser(scale_height):
-        return max(min(_scaled(height, scale_width), room_height), 1), room_width
-    return room_height, max(min(_scaled(width, scale_height), room_width), 1)
+    if scale_width < scale_height:
+        return max(_scaled(height, scale_width), 1), room_width
+    return room_height, max(_scaled(width, scale_height), 1)
 
 
 def _side_scale(length: int, canvas_length: int, image_size: int) -> tuple[int, np.floating]:
