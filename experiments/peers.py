@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from vit_encoder import Llama4VisionModel
 
 _torchvision_ops: list[torch.library.Library] = []
 
@@ -31,6 +37,33 @@ def allow_torchvision_beside_cpu_torch() -> None:
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _torchvision_ops.append(library)
+
+
+def transformers_vision_model(model: Llama4VisionModel) -> nn.Module | None:
+    """transformers' own encoder with SDPA on the very parameters of `model`, none of them copied.
+
+    Its forward takes `pixel_values` and returns an object with the features in `last_hidden_state`.
+
+    Returns:
+        The module in eval mode, or None where transformers is not installed.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from vit_encoder.llama4.checkpoint import VISION_PREFIX, to_hf_tensors, vision_tensors
+
+    allow_torchvision_beside_cpu_torch()
+    from transformers.models.llama4 import configuration_llama4, modeling_llama4
+
+    sizes = asdict(model.config)
+    rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
+    config = configuration_llama4.Llama4VisionConfig(**sizes, rope_parameters=rope, attn_implementation="sdpa")
+    with torch.device("meta"):
+        peer = modeling_llama4.Llama4VisionModel(config)
+    # The rotary table is no parameter. It is complex: a cast of the module would drop its imaginary part.
+    peer.rotary_embedding = modeling_llama4.Llama4VisionRotaryEmbedding(config)
+    tensors = to_hf_tensors(dict(model.named_parameters()), vision_tensors(model.config))
+    peer.load_state_dict({name.removeprefix(VISION_PREFIX): part for name, part in tensors.items()}, assign=True)
+    return peer.eval()
 
 
 def _loads_compiled_ops(package: str) -> bool:

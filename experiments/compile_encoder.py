@@ -1,0 +1,309 @@
+"""A photograph through the Llama 4 vision encoder, eager and compiled: is it one graph, is it right, how fast is it.
+
+The main job. Prints the tiling and a table, and writes a JSON file and a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from matplotlib.cbook import get_sample_data
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+from torch._inductor.utils import fresh_cache
+from vit_encoder import CompilationConfig, Llama4VisionConfig, Llama4VisionModel, TiledImage, tile_image, whole_graph
+from vit_encoder.compilation import GraphReport
+from vit_encoder.compilation.config import DynamicShapes
+from vit_encoder.llama4 import reference_forward
+
+from experiments.comparison import ALLOWED_EPS, Row, compare, first_line
+from experiments.environment import environment
+from experiments.measure import MAX_ROUNDS, MIN_ROUNDS, ROUND_SECONDS, Call, peak_memory, summary
+from experiments.peers import transformers_vision_model
+from experiments.pictures import draw
+from experiments.report import print_result, print_subject
+from experiments.tile_counts import sweep_config, sweep_tile_counts
+from experiments.weights import SEED, checkpoint_encoder, random_encoder
+
+RESULTS = Path(__file__).parent / "results"
+CONFIGS: dict[str, Callable[[], Llama4VisionConfig]] = {
+    "scout": Llama4VisionConfig.scout,
+    "tiny": Llama4VisionConfig.tiny,
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Names in torch.cpu.get_capabilities(): without one of them the products are emulated, at a quarter of float32's speed.
+FAST_WITH = {"bfloat16": ("amx_bf16", "avx512_bf16"), "float16": ("amx_fp16", "avx512_fp16")}
+TILE_COUNTS = [1, 17, 2, 5, 33]
+MAX_TILES = {"cpu": 1, "cuda": 16}
+
+EXAMPLES = """examples:
+  %(prog)s
+      the sample photograph as one tile through 34 layers of random weights
+  %(prog)s --layers 2 --max-tiles 16
+      a quick look at all tiles of the photograph
+  %(prog)s --image cat.png --checkpoint Llama-4-Scout-17B-16E-Instruct
+  %(prog)s --device cuda --repeats 50
+  %(prog)s --config tiny --out /tmp/tiny
+      seconds instead of minutes
+
+exit status:
+  0  every result is right and the encoder is one graph
+  1  a result is wrong (it is not timed), or the encoder is not one graph
+  2  bad arguments
+"""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: an encoder and the tiles of an image, on its device and in its dtype."""
+
+    model: Llama4VisionModel
+    pixel_values: Tensor
+    description: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder runs."""
+        return self.pixel_values.device
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the job and return its exit status."""
+    start = time.perf_counter()
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    try:
+        subject = _prepare(options)
+    except (OSError, TypeError, ValueError) as error:
+        parser.error(_shortened(str(error)))
+    print_subject(console, subject.description)
+    with torch.inference_mode(), peak_memory(torch.device("cpu")) as job_memory:
+        result, features = _measure(options, subject)
+    result |= {"job": {"seconds": time.perf_counter() - start, "peak_bytes": job_memory.nbytes}}
+    print_result(console, result)
+    for path in _write(options.out, result, subject, features):
+        console.print(f"wrote {path}")
+    return 0 if result["right"] else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.compile_encoder",
+        usage="%(prog)s [options]",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--image", type=Path, help="image file (default: matplotlib's sample photograph)")
+    parser.add_argument(
+        "--max-tiles",
+        type=_positive,
+        help="most tiles of the canvas (default: 16 on a GPU, 1 on a CPU)",
+    )
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--checkpoint", type=Path, help=f"folder with config.json and safetensors (default: random, seed {SEED})"
+    )
+    weights.add_argument("--config", choices=CONFIGS, default="scout", help="sizes of random weights (default: scout)")
+    parser.add_argument("--layers", type=_positive, help="use only the first layers (default: all)")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--backend", choices=("inductor", "aot_eager", "eager"), default="inductor")
+    parser.add_argument("--dynamic-shapes", choices=get_args(DynamicShapes), default="unbacked")
+    parser.add_argument(
+        "--tile-counts", type=_positive, nargs="+", default=TILE_COUNTS, metavar="N", help="default: 1 17 2 5 33"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=_positive,
+        help=f"timed rounds (default: {MIN_ROUNDS} to {MAX_ROUNDS}, as many as start within {ROUND_SECONDS:.0f} s)",
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and PNG (default: %(default)s)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive integer")
+    return int(text)
+
+
+def _shortened(message: str) -> str:
+    # A checkpoint's error lists every missing tensor, several hundred for a folder of something else.
+    lines = message.splitlines()
+    return "\n".join([*lines[:8], f"  ... and {len(lines) - 8} lines more"] if len(lines) > 9 else lines)
+
+
+def _prepare(options: argparse.Namespace) -> Subject:
+    _check_writable(options.out)
+    device = _usable_device(options.device)
+    dtype_name = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    config = Llama4VisionConfig.from_hf(options.checkpoint) if options.checkpoint else CONFIGS[options.config]()
+    path = options.image or Path(get_sample_data("grace_hopper.jpg", asfileobj=False))
+    max_tiles = options.max_tiles or MAX_TILES[device.type]
+    tiled = tile_image(path, image_size=config.image_size, max_tiles=max_tiles)
+    model = _encoder(options, config, DTYPES[dtype_name], device)
+    description = {
+        "image": _describe_image(path, tiled, model.config, max_tiles),
+        "encoder": {
+            "config": options.checkpoint.name if options.checkpoint else options.config,
+            "weights": "checkpoint" if options.checkpoint else f"random, seed {SEED}",
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            **asdict(model.config),
+        },
+        "dtype": dtype_name,
+        "device": str(device),
+        "slow_dtype": device.type == "cpu" and not _is_fast(dtype_name),
+        "max_tiles_chosen": options.max_tiles is None,
+    }
+    return Subject(model, tiled.pixel_values.to(device, DTYPES[dtype_name]), description)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"--out: expected a folder to write into, got {str(folder)!r}: {error.strerror}") from error
+
+
+def _usable_device(name: str) -> torch.device:
+    expected = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name not in (*expected, *(["cuda"] if torch.cuda.is_available() else [])):
+        raise ValueError(f"--device: got {name!r}, but PyTorch {torch.__version__} sees only {', '.join(expected)}")
+    return torch.device(name)
+
+
+def _is_fast(dtype_name: str) -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return dtype_name == "float32" or any(capabilities.get(name) for name in FAST_WITH[dtype_name])
+
+
+def _encoder(
+    options: argparse.Namespace, config: Llama4VisionConfig, dtype: torch.dtype, device: torch.device
+) -> Llama4VisionModel:
+    if options.checkpoint:
+        return checkpoint_encoder(options.checkpoint, layers=options.layers, dtype=dtype, device=device)
+    print("drawing random weights ...", file=sys.stderr, flush=True)
+    config = replace(config, num_hidden_layers=options.layers or config.num_hidden_layers)
+    return random_encoder(config, dtype=dtype, device=device)
+
+
+def _describe_image(path: Path, tiled: TiledImage, config: Llama4VisionConfig, max_tiles: int) -> dict[str, Any]:
+    with Image.open(path) as image:
+        width, height = image.size
+    tiles = len(tiled.pixel_values)
+    return {
+        "name": path.name,
+        "width": width,
+        "height": height,
+        "max_tiles": max_tiles,
+        "canvas": list(tiled.aspect_ratio),
+        "tiles": tiles,
+        "encoder_tokens": tiles * config.tokens_per_tile,
+        "features": tiles * config.output_tokens_per_tile,
+    }
+
+
+def _measure(options: argparse.Namespace, subject: Subject) -> tuple[dict[str, Any], Tensor | None]:
+    """Everything that is computed, as the result without the job's own cost; and features to show."""
+    compilation = CompilationConfig(
+        compile_mm_encoder=True, backend=options.backend, dynamic_shapes=options.dynamic_shapes
+    )
+    # Without compiled code of earlier runs, so that the first call's time means the same every time.
+    with fresh_cache():
+        expected = _oracle(subject)
+        rows, graphs, problem = _compare(subject, compilation, expected, options.repeats)
+        sweep = sweep_tile_counts(
+            sweep_config(subject.model.config, subject.device),
+            options.tile_counts,
+            compilation,
+            dtype=subject.pixel_values.dtype,
+            device=subject.device,
+        )
+    shown = next((row.features for row in rows if row.problem is None), None)
+    tiles = len(subject.pixel_values)
+    result = {
+        "experiment": "compile_encoder",
+        "environment": environment(),
+        **subject.description,
+        "compilation": {"backend": options.backend, "dynamic_shapes": options.dynamic_shapes},
+        "allowed_eps": ALLOWED_EPS,
+        "rows": [_describe_row(row, tiles) for row in rows],
+        "graphs": asdict(graphs) | {"problem": problem},
+        "tile_counts": asdict(sweep),
+        "right": not any([problem, sweep.problem, *(row.problem for row in rows)]),
+    }
+    return result, shown
+
+
+def _oracle(subject: Subject) -> Tensor:
+    # The oracle makes its tables on the default device.
+    with subject.device:
+        return reference_forward(subject.model, subject.pixel_values, progress=True)
+
+
+def _compare(
+    subject: Subject, compilation: CompilationConfig, expected: Tensor, rounds: int | None
+) -> tuple[list[Row], GraphReport, str | None]:
+    calls = _calls(subject, compilation)
+    yardstick = "transformers" if "transformers" in calls else "eager"
+    rows: list[Row] = []
+    report = GraphReport()
+    problem: str | None = None
+    try:
+        with whole_graph() as report:
+            rows = compare(calls, expected, yardstick=yardstick, device=subject.device, rounds=rounds)
+    except AssertionError as error:
+        problem = first_line(error)
+    return rows, report, problem
+
+
+def _calls(subject: Subject, compilation: CompilationConfig) -> dict[str, Call]:
+    """The forms that are compared; all of them use the same weights, in the same memory."""
+    model, pixel_values = subject.model, subject.pixel_values
+
+    def own(config: CompilationConfig | None) -> Tensor:
+        model.compilation_config = config
+        return model(pixel_values)
+
+    calls: dict[str, Call] = {"eager": lambda: own(None), "compiled": lambda: own(compilation)}
+    if (peer := transformers_vision_model(model)) is not None:
+        calls["transformers"] = lambda: peer(pixel_values=pixel_values).last_hidden_state
+    return calls
+
+
+def _describe_row(row: Row, tiles: int) -> dict[str, Any]:
+    seconds = row.timing.seconds
+    return {
+        "name": row.name,
+        "problem": row.problem,
+        "error": row.error and asdict(row.error),
+        "first_call_seconds": row.first_call_seconds if row.problem is None else None,
+        "seconds_per_tile": summary([s / tiles for s in seconds]) if seconds else None,
+        "peak_bytes": row.timing.peak.nbytes,
+    }
+
+
+def _write(folder: Path, result: dict[str, Any], subject: Subject, features: Tensor | None) -> list[Path]:
+    encoder = result["encoder"]
+    stem = f"compile_encoder-{encoder['config']}-{encoder['num_hidden_layers']}-{subject.device.type}-{result['dtype']}"
+    data, figure = folder / f"{stem}.json", folder / f"{stem}.png"
+    data.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    draw(result, subject.pixel_values, features, figure)
+    return [data, figure]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

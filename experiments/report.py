@@ -1,0 +1,136 @@
+"""The main job's result as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_subject(console: Console, subject: dict[str, Any]) -> None:
+    """Print what is about to be measured."""
+    image, encoder = subject["image"], subject["encoder"]
+    console.print(f"image    {image['name']}, {image['width']} x {image['height']} pixels")
+    console.print(f"tiling   {tiling(image, encoder['image_size'])}")
+    if subject["max_tiles_chosen"]:
+        why = "since a CPU takes seconds for each" if subject["device"] == "cpu" else "as Llama 4 has it"
+        console.print(
+            f"         by default the canvas has at most {image['max_tiles']}, {why}; --max-tiles changes that"
+        )
+    console.print(f"encoder  {encoder_text(subject)}")
+    if subject["slow_dtype"]:
+        console.print(f"warning: this CPU has no {subject['dtype']} instructions: expect 4 times the time of float32")
+
+
+def tiling(image: dict[str, Any], image_size: int) -> str:
+    """Canvas, tiles and tokens."""
+    high, wide = image["canvas"]
+    tiles = f"{image['tiles']} tiles, the last one global" if image["tiles"] > 1 else "1 tile"
+    return (
+        f"canvas of {high} x {wide} (high x wide) tiles of {image_size} x {image_size}: {tiles}; "
+        f"{image['encoder_tokens']} tokens in the encoder, {image['features']} features out"
+    )
+
+
+def encoder_text(subject: dict[str, Any]) -> str:
+    """Size, weights, dtype and device."""
+    encoder, size = subject["encoder"], f"{subject['encoder']['parameters'] / 1e6:.0f} M parameters"
+    return (
+        f"{encoder['config']}: {encoder['num_hidden_layers']} layers of width {encoder['hidden_size']}, {size} "
+        f"({encoder['weights']}), {subject['dtype']} on {subject['device']}"
+    )
+
+
+def print_result(console: Console, result: dict[str, Any]) -> None:
+    """Print the table and what has to be said about it."""
+    table = Table(title=f"{encoder_text(result)}; {result['image']['tiles']} tile(s) a call", title_justify="left")
+    for column in HEADER:
+        table.add_column(column, justify="left" if column == HEADER[0] else "right")
+    for cells in table_rows(result):
+        table.add_row(*cells)
+    console.print(table)
+    for line in notes(result):
+        console.print(line)
+
+
+HEADER = (
+    "",
+    "graphs",
+    "breaks",
+    "recompiles",
+    "RMS error",
+    "max error",
+    "s a tile, median (range)",
+    "first call, s",
+    "peak GiB",
+)
+
+
+def table_rows(result: dict[str, Any]) -> list[list[str]]:
+    """The cells of each row of the table, under HEADER."""
+    return [
+        [
+            row["name"],
+            *(_graph_cells(result) if row["name"] == "compiled" else ["-"] * 3),
+            *_error_cells(row["error"]),
+            *(["WRONG, not timed", "-", "-"] if row["problem"] else _cost_cells(row)),
+        ]
+        for row in result["rows"]
+    ]
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What the table's numbers mean, and every problem."""
+    sweep, timed = result["tile_counts"], [row for row in result["rows"] if row["seconds_per_tile"]]
+    lines = [
+        "Errors are against the fp64 oracle on the same weights, relative to the RMS of its features. "
+        f"Allowed: {result['allowed_eps']} eps, and twice what {_yardstick(result)} makes.",
+        f"Recompiles are over {', '.join(map(str, sweep['tile_counts']))} tiles in this order, with an encoder of "
+        f"{sweep['layers']} layers of width {sweep['hidden_size']}; compiled and eager differ by at most "
+        f"{sweep['deviation']:.1e} there.",
+        "The compiled encoder's first call compiles, with empty caches.",
+    ]
+    if timed:
+        rounds = len(timed[0]["seconds_per_tile"]["samples"])
+        lines.append(f"Times: {rounds} interleaved rounds after the first call. Peak: {_memory_kind(result)}.")
+    if "job" in result:
+        lines.append(f"The whole job: {result['job']['seconds']:.0f} s, peak {_gib(result['job']['peak_bytes'])} GiB.")
+    return lines + problems(result)
+
+
+def problems(result: dict[str, Any]) -> list[str]:
+    """A line for each thing that is not as it must be."""
+    found = {row["name"]: row["problem"] for row in result["rows"]}
+    found |= {"one graph": result["graphs"]["problem"], "tile counts": result["tile_counts"]["problem"]}
+    return [f"WRONG: {name}: {problem}" for name, problem in found.items() if problem]
+
+
+def _yardstick(result: dict[str, Any]) -> str:
+    return "transformers" if any(row["name"] == "transformers" for row in result["rows"]) else "eager"
+
+
+def _memory_kind(result: dict[str, Any]) -> str:
+    return "allocated on the GPU" if result["device"].startswith("cuda") else "resident in the whole process"
+
+
+def _graph_cells(result: dict[str, Any]) -> list[str]:
+    graphs, sweep = result["graphs"], result["tile_counts"]
+    breaks = sum(graphs["graph_breaks"].values()) + sum(sweep["graphs"]["graph_breaks"].values())
+    # Both runs end at their first recompilation.
+    recompiles = "at least 1" if sweep["problem"] or graphs["problem"] else "0"
+    return [str(graphs["graphs"]), str(breaks), recompiles]
+
+
+def _error_cells(error: dict[str, float] | None) -> list[str]:
+    return [f"{error['rms']:.1e}", f"{error['maximum']:.1e}"] if error else ["-", "-"]
+
+
+def _cost_cells(row: dict[str, Any]) -> list[str]:
+    time = row["seconds_per_tile"]
+    spread = f"{time['median']:.3g} ({time['low']:.3g} to {time['high']:.3g})"
+    return [spread, f"{row['first_call_seconds']:.3g}", _gib(row["peak_bytes"])]
+
+
+def _gib(nbytes: int | None) -> str:
+    return "?" if nbytes is None else f"{nbytes / 2**30:.2f}"
