@@ -190,6 +190,13 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     return block_0, max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
+def _input_precision(dtype: torch.dtype) -> str:
+    """Products of float32 on NVIDIA's tensor cores as three of tf32; AMD's multiply float32 as it is."""
+    if dtype != torch.float32 or triton.knobs.runtime.interpret:
+        return "ieee"
+    return "tf32x3" if triton.runtime.driver.active.get_current_target().backend == "cuda" else "ieee"
+
+
 def launch(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -232,7 +239,7 @@ def launch(
             BLOCK_D0=block_0,
             BLOCK_D1=block_1,
             SEARCH=128,
-            INPUT_PRECISION="ieee" if torch.version.hip else "tf32x3",
+            INPUT_PRECISION=_input_precision(q.dtype),
             num_warps=4,
             num_stages=2 if wide else 3,
         )
