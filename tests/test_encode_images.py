@@ -138,6 +138,7 @@ def test_one_image_without_a_sequence_is_refused(image: Any) -> None:
         (tile_image(pixels(5, 5), image_size=7), ValueError, r"images\[1\]: .*\[tiles, 3, 14, 14\].*\(1, 3, 7, 7\)"),
         (TiledImage(torch.zeros(0, 3, 14, 14), (1, 1)), ValueError, r"images\[1\]: .*got \(0, 3, 14, 14\)"),
         (TiledImage(torch.zeros(3, 14, 14), (1, 1)), ValueError, r"images\[1\]: .*got \(3, 14, 14\)"),
+        (TiledImage(torch.tensor(0.0), (1, 1)), ValueError, r"images\[1\]: .*got \(\)"),
         (TiledImage(torch.zeros(1, 3, 14, 14).byte(), (1, 1)), TypeError, r"images\[1\]: .*floats.*got torch.uint8"),
     ],
 )
@@ -148,7 +149,13 @@ def test_a_bad_image_is_named_by_its_index(bad: Any, error: type[Exception], say
     assert model.batches == []
 
 
-@pytest.mark.parametrize("model", [None, nn.Linear(3, 3), nn.Identity(), Encoder().forward])
+def encoder_without_parameters() -> nn.Module:
+    model = Encoder()
+    del model.weight
+    return model
+
+
+@pytest.mark.parametrize("model", [None, nn.Linear(3, 3), encoder_without_parameters(), Encoder().forward])
 def test_what_is_no_encoder_is_refused(model: Any) -> None:
     with pytest.raises(TypeError, match=r"model: expected a module with parameters and config\.image_size, got"):
         encode_images(model, [pixels(5, 5)])

@@ -69,7 +69,7 @@ def _pixel_values(index: int, image: ImageInput | TiledImage, image_size: int) -
     pixel_values = image.pixel_values
     if not pixel_values.is_floating_point():
         raise TypeError(f"images[{index}]: expected pixel_values of floats in [-1, 1], got {pixel_values.dtype}")
-    if pixel_values.ndim != 4 or len(pixel_values) == 0 or pixel_values.shape[1:] != (3, image_size, image_size):
+    if pixel_values.shape[1:] != (3, image_size, image_size) or len(pixel_values) == 0:
         raise ValueError(
             f"images[{index}]: expected pixel_values [tiles, 3, {image_size}, {image_size}] as model.config.image_size "
             f"says, got {tuple(pixel_values.shape)}"
