@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch._dynamo
 import torch.fx.experimental._config as fx_config
 from torch import Tensor, nn
 

@@ -6,8 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch._dynamo
-from torch._dynamo.utils import counters
+import torch
 
 from vit_encoder.compilation.counter import compilation_counter
 
@@ -38,6 +37,8 @@ def whole_graph(graphs: int = 1) -> Iterator[GraphReport]:
         AssertionError: a signal differs.
         torch._dynamo.exc.RecompileError: something recompiled.
     """
+    from torch._dynamo.utils import counters
+
     report = GraphReport()
     seen, unique = compilation_counter.graphs_seen, counters["stats"]["unique_graphs"]
     breaks = dict(counters["graph_break"])

@@ -190,11 +190,22 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     return block_0, max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
-def _input_precision(dtype: torch.dtype) -> str:
-    """Products of float32 on NVIDIA's tensor cores as three of tf32; AMD's multiply float32 as it is."""
-    if dtype != torch.float32 or triton.knobs.runtime.interpret:
-        return "ieee"
-    return "tf32x3" if triton.runtime.driver.active.get_current_target().backend == "cuda" else "ieee"
+def _backend() -> str:
+    return (
+        "interpreter" if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().backend
+    )
+
+
+def _configuration(head_dim: int, dtype: torch.dtype, backend: str) -> dict[str, int | str]:
+    """Blocks and options that compile without spills (float32: nearly) and fit every target's shared memory."""
+    if dtype == torch.float32:
+        # On NVIDIA's tensor cores as three products of tf32, never one; AMD's multiply float32 as it is.
+        precision = "tf32x3" if backend == "cuda" else "ieee"
+        block_n = 32 if head_dim <= 128 else 16
+        return {"BLOCK_M": 32, "BLOCK_N": block_n, "INPUT_PRECISION": precision, "num_warps": 4, "num_stages": 2}
+    # AMD's 64 KiB of shared memory hold two stages.
+    stages, block_n = (3 if backend == "cuda" else 2, 64) if head_dim <= 128 else (2, 32)
+    return {"BLOCK_M": 64, "BLOCK_N": block_n, "INPUT_PRECISION": "ieee", "num_warps": 4, "num_stages": stages}
 
 
 def launch(
@@ -210,10 +221,10 @@ def launch(
     sequences = cu_seqlens.shape[0] - 1
     out = q.new_empty(q.shape)
     block_0, block_1 = split_head_dim(head_dim)
-    wide = head_dim > 128 or q.dtype == torch.float32
-    block_m, block_n = 64, 32 if wide else 64
+    configuration = _configuration(head_dim, q.dtype, _backend())
     if total_tokens:
-        varlen_attention_kernel[(triton.cdiv(total_tokens, block_m) + sequences, heads)](
+        programs = triton.cdiv(total_tokens, configuration["BLOCK_M"]) + sequences
+        varlen_attention_kernel[(programs, heads)](
             q,
             k,
             v,
@@ -233,14 +244,10 @@ def launch(
             HEADS=heads,
             GROUP=heads // k.shape[1],
             HEAD_DIM=head_dim,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
             BLOCK_TAIL=16,
             BLOCK_D0=block_0,
             BLOCK_D1=block_1,
             SEARCH=128,
-            INPUT_PRECISION=_input_precision(q.dtype),
-            num_warps=4,
-            num_stages=2 if wide else 3,
+            **configuration,
         )
     return out
