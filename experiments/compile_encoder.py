@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
@@ -157,7 +158,7 @@ def _prepare(options: argparse.Namespace) -> Subject:
     description = {
         "image": _describe_image(path, tiled, model.config, max_tiles),
         "encoder": {
-            "config": options.checkpoint.name if options.checkpoint else options.config,
+            "config": options.checkpoint.resolve().name if options.checkpoint else options.config,
             "weights": "checkpoint" if options.checkpoint else f"random, seed {SEED}",
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             **asdict(model.config),
@@ -289,7 +290,8 @@ def _describe_row(row: Row, tiles: int) -> dict[str, Any]:
     return {
         "name": row.name,
         "problem": row.problem,
-        "error": row.error and asdict(row.error),
+        # JSON has no NaN; the problem says it.
+        "error": asdict(row.error) if row.error and math.isfinite(row.error.maximum) else None,
         "first_call_seconds": row.first_call_seconds if row.problem is None else None,
         "seconds_per_tile": summary([s / tiles for s in seconds]) if seconds else None,
         "peak_bytes": row.timing.peak.nbytes,
@@ -300,7 +302,7 @@ def _write(folder: Path, result: dict[str, Any], subject: Subject, features: Ten
     encoder = result["encoder"]
     stem = f"compile_encoder-{encoder['config']}-{encoder['num_hidden_layers']}-{subject.device.type}-{result['dtype']}"
     data, figure = folder / f"{stem}.json", folder / f"{stem}.png"
-    data.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    data.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     draw(result, subject.pixel_values, features, figure)
     return [data, figure]
 

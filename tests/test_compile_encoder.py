@@ -25,6 +25,7 @@ from experiments.comparison import ALLOWED_EPS, compare, relative_error
 from experiments.compile_encoder import main
 from experiments.peers import transformers_vision_model
 from experiments.weights import random_encoder
+from scripts import update_readme
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -155,12 +156,15 @@ def test_a_mistake_of_the_compiler_alone_is_not_timed(tmp_path: Path, monkeypatc
     monkeypatch.setattr("vit_encoder.llama4.model.F", SimpleNamespace(gelu=gelu))
     result = run(tmp_path, code=1)
     assert_wrong(result, "compiled")
-    assert "compiled and eager features differ" in result["tile_counts"]["problem"]
+    assert "with 1 tile(s) compiled and eager features differ" in result["tile_counts"]["problem"]
 
 
 def test_nan_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vit_encoder.llama4.model.F", SimpleNamespace(gelu=lambda x: F.gelu(x) * float("nan")))
-    assert_wrong(run(tmp_path, code=1), "eager", "compiled")
+    result = run(tmp_path, code=1)
+    assert_wrong(result, "eager", "compiled")
+    assert "RMS error nan" in rows(result)["eager"]["problem"]
+    assert "differ by nan" in result["tile_counts"]["problem"]
 
 
 def test_a_form_that_fails_is_reported_and_the_others_are_timed(
@@ -271,6 +275,33 @@ def test_the_module_is_a_command(tmp_path: Path) -> None:
 
 
 # The parts
+
+
+def test_a_cpu_that_emulates_the_dtype_is_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert run(tmp_path, "--dtype", "bfloat16")["slow_dtype"]
+    assert "warning: this CPU has no bfloat16 instructions" in capsys.readouterr().out
+
+
+def test_the_readme_shows_the_results_that_are_there() -> None:
+    assert update_readme.main(["--check"]) == 0
+
+
+def test_results_go_between_the_markers() -> None:
+    old = f"before\n{update_readme.BEGIN}\nold\n{update_readme.END}\nafter\n"
+    new = f"before\n{update_readme.BEGIN}\nnew\n{update_readme.END}\nafter\n"
+    assert update_readme.with_results(old, "new") == new
+    with pytest.raises(ValueError, match="expected one line"):
+        update_readme.with_results(old + old, "new")
+
+
+def test_a_wrong_result_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vit_encoder.llama4.model.rotary_2d", lambda q, k, cos, sin: (q, k))
+    run(tmp_path, code=1)
+    with pytest.raises(ValueError, match="got a result that is not right"):
+        update_readme.results_text(tmp_path)
 
 
 def test_the_peer_uses_the_very_same_weights() -> None:
