@@ -100,6 +100,69 @@ def _attend(
 
 
 @triton.jit
+def _attend_queries(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    stride_q,
+    stride_k,
+    stride_v,
+    first_query,
+    queries,
+    keys,
+    scale_log2,
+    STRIDE_OUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+    BLOCK_D0: tl.constexpr,
+    BLOCK_D1: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Outputs of BLOCK_M queries from first_query on; the pointers stand at the sequence and the head.
+
+    head_dim is two blocks, BLOCK_D0 full columns and BLOCK_D1 masked ones, instead of one block padded to a power
+    of two. Keys go BLOCK_N at a time without a mask, the rest BLOCK_TAIL at a time with one.
+    """
+    m = first_query + tl.arange(0, BLOCK_M)
+    in_sequence = (m < queries)[:, None]
+    d_0 = tl.arange(0, BLOCK_D0)[None, :]
+    q_rows = q_ptr + m.to(tl.int64)[:, None] * stride_q
+    q_0 = tl.load(q_rows + d_0, mask=in_sequence, other=0.0)
+    q_1 = q_0
+    acc_0 = tl.zeros((BLOCK_M, BLOCK_D0), tl.float32)
+    acc_1 = acc_0
+    if BLOCK_D1 > 0:
+        d_1 = BLOCK_D0 + tl.arange(0, BLOCK_D1)[None, :]
+        q_1 = tl.load(q_rows + d_1, mask=in_sequence & (d_1 < HEAD_DIM), other=0.0)
+        acc_1 = tl.zeros((BLOCK_M, BLOCK_D1), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+
+    full = keys // BLOCK_N * BLOCK_N
+    for first_key in range(0, full, BLOCK_N):
+        row_max, row_sum, acc_0, acc_1 = _attend(
+            q_0, q_1, k_ptr, v_ptr, stride_k, stride_v, first_key, keys, scale_log2, row_max, row_sum, acc_0, acc_1,
+            HEAD_DIM, BLOCK_N, BLOCK_D0, BLOCK_D1, False, INPUT_PRECISION,
+        )  # fmt: skip
+    for first_key in range(full, keys, BLOCK_TAIL):
+        row_max, row_sum, acc_0, acc_1 = _attend(
+            q_0, q_1, k_ptr, v_ptr, stride_k, stride_v, first_key, keys, scale_log2, row_max, row_sum, acc_0, acc_1,
+            HEAD_DIM, BLOCK_TAIL, BLOCK_D0, BLOCK_D1, True, INPUT_PRECISION,
+        )  # fmt: skip
+
+    # Without keys the sum is 0: such rows are zeros, not 0 / 0.
+    normaliser = tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    out_rows = out_ptr + m.to(tl.int64)[:, None] * STRIDE_OUT
+    tl.store(out_rows + d_0, (acc_0 / normaliser).to(out_ptr.dtype.element_ty), mask=in_sequence)
+    if BLOCK_D1 > 0:
+        out_1 = (acc_1 / normaliser).to(out_ptr.dtype.element_ty)
+        tl.store(out_rows + d_1, out_1, mask=in_sequence & (d_1 < HEAD_DIM))
+
+
+@triton.jit
 def varlen_attention_kernel(
     q_ptr,
     k_ptr,
@@ -122,6 +185,7 @@ def varlen_attention_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_LAST: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
     BLOCK_D0: tl.constexpr,
     BLOCK_D1: tl.constexpr,
@@ -130,8 +194,8 @@ def varlen_attention_kernel(
 ):
     """One program: BLOCK_M queries of one head, found from cu_seqlens on the device.
 
-    head_dim is two blocks, BLOCK_D0 full columns and BLOCK_D1 masked ones, instead of one block padded to a power
-    of two. Keys go BLOCK_N at a time without a mask, the rest BLOCK_TAIL at a time with one.
+    A last block of at most BLOCK_LAST queries, such as the lone class token of 577 = 9 * 64 + 1, is computed with
+    that many rows instead of BLOCK_M.
     """
     program = tl.program_id(0)
     head = tl.program_id(1)
@@ -145,42 +209,20 @@ def varlen_attention_kernel(
     if (first_query < 0) | (first_query >= queries):
         return
 
-    m = first_query + tl.arange(0, BLOCK_M)
-    in_sequence = (m < queries)[:, None]
-    d_0 = tl.arange(0, BLOCK_D0)[None, :]
-    q_rows = q_ptr + start.to(tl.int64) * stride_q + m.to(tl.int64)[:, None] * stride_q + head * STRIDE_QH
-    q_0 = tl.load(q_rows + d_0, mask=in_sequence, other=0.0)
-    q_1 = q_0
-    acc_0 = tl.zeros((BLOCK_M, BLOCK_D0), tl.float32)
-    acc_1 = acc_0
-    if BLOCK_D1 > 0:
-        d_1 = BLOCK_D0 + tl.arange(0, BLOCK_D1)[None, :]
-        q_1 = tl.load(q_rows + d_1, mask=in_sequence & (d_1 < HEAD_DIM), other=0.0)
-        acc_1 = tl.zeros((BLOCK_M, BLOCK_D1), tl.float32)
-    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((BLOCK_M,), tl.float32)
-
+    q_ptr += start.to(tl.int64) * stride_q + head * STRIDE_QH
     k_ptr += start_k.to(tl.int64) * stride_k + head // GROUP * STRIDE_KH
     v_ptr += start_k.to(tl.int64) * stride_v + head // GROUP * STRIDE_VH
-    full = keys // BLOCK_N * BLOCK_N
-    for first_key in range(0, full, BLOCK_N):
-        row_max, row_sum, acc_0, acc_1 = _attend(
-            q_0, q_1, k_ptr, v_ptr, stride_k, stride_v, first_key, keys, scale_log2, row_max, row_sum, acc_0, acc_1,
-            HEAD_DIM, BLOCK_N, BLOCK_D0, BLOCK_D1, False, INPUT_PRECISION,
+    out_ptr += start.to(tl.int64) * (HEADS * HEAD_DIM) + head * HEAD_DIM
+    if BLOCK_LAST < BLOCK_M and queries - first_query <= BLOCK_LAST:
+        _attend_queries(
+            q_ptr, k_ptr, v_ptr, out_ptr, stride_q, stride_k, stride_v, first_query, queries, keys, scale_log2,
+            HEADS * HEAD_DIM, HEAD_DIM, BLOCK_LAST, BLOCK_N, BLOCK_TAIL, BLOCK_D0, BLOCK_D1, INPUT_PRECISION,
         )  # fmt: skip
-    for first_key in range(full, keys, BLOCK_TAIL):
-        row_max, row_sum, acc_0, acc_1 = _attend(
-            q_0, q_1, k_ptr, v_ptr, stride_k, stride_v, first_key, keys, scale_log2, row_max, row_sum, acc_0, acc_1,
-            HEAD_DIM, BLOCK_TAIL, BLOCK_D0, BLOCK_D1, True, INPUT_PRECISION,
+    else:
+        _attend_queries(
+            q_ptr, k_ptr, v_ptr, out_ptr, stride_q, stride_k, stride_v, first_query, queries, keys, scale_log2,
+            HEADS * HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_TAIL, BLOCK_D0, BLOCK_D1, INPUT_PRECISION,
         )  # fmt: skip
-
-    # Without keys the sum is 0: such rows are zeros, not 0 / 0.
-    normaliser = tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    out_rows = out_ptr + (start.to(tl.int64) + m.to(tl.int64))[:, None] * (HEADS * HEAD_DIM) + head * HEAD_DIM
-    tl.store(out_rows + d_0, (acc_0 / normaliser).to(out_ptr.dtype.element_ty), mask=in_sequence)
-    if BLOCK_D1 > 0:
-        out_1 = (acc_1 / normaliser).to(out_ptr.dtype.element_ty)
-        tl.store(out_rows + d_1, out_1, mask=in_sequence & (d_1 < HEAD_DIM))
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
@@ -198,14 +240,18 @@ def _backend() -> str:
 
 def _configuration(head_dim: int, dtype: torch.dtype, backend: str) -> dict[str, int | str]:
     """Blocks and options that compile without spills (float32: nearly) and fit every target's shared memory."""
+    block_0, block_1 = split_head_dim(head_dim)
+    configuration: dict[str, int | str] = {"BLOCK_D0": block_0, "BLOCK_D1": block_1, "BLOCK_TAIL": 16, "num_warps": 4}
     if dtype == torch.float32:
         # On NVIDIA's tensor cores as three products of tf32, never one; AMD's multiply float32 as it is.
-        precision = "tf32x3" if backend == "cuda" else "ieee"
-        block_n = 32 if head_dim <= 128 else 16
-        return {"BLOCK_M": 32, "BLOCK_N": block_n, "INPUT_PRECISION": precision, "num_warps": 4, "num_stages": 2}
-    # AMD's 64 KiB of shared memory hold two stages.
-    stages, block_n = (3 if backend == "cuda" else 2, 64) if head_dim <= 128 else (2, 32)
-    return {"BLOCK_M": 64, "BLOCK_N": block_n, "INPUT_PRECISION": "ieee", "num_warps": 4, "num_stages": stages}
+        configuration |= {"BLOCK_M": 32, "BLOCK_N": 32 if head_dim <= 128 else 16, "BLOCK_LAST": 32, "num_stages": 2}
+        return configuration | {"INPUT_PRECISION": "tf32x3" if backend == "cuda" else "ieee"}
+    # The second program for the last rows costs a resident block of three where the columns end in a block of 16
+    # (NVIDIA), and registers on AMD, whose 64 KiB of shared memory hold two stages.
+    last = 64 if block_1 == 16 or backend == "hip" else 16
+    configuration |= {"BLOCK_M": 64, "BLOCK_N": 64 if head_dim <= 128 else 32, "BLOCK_LAST": last}
+    stages = 2 if head_dim > 128 or backend == "hip" else 3
+    return configuration | {"num_stages": stages, "INPUT_PRECISION": "ieee"}
 
 
 def launch(
@@ -220,7 +266,6 @@ def launch(
     total_tokens, heads, head_dim = q.shape
     sequences = cu_seqlens.shape[0] - 1
     out = q.new_empty(q.shape)
-    block_0, block_1 = split_head_dim(head_dim)
     configuration = _configuration(head_dim, q.dtype, _backend())
     if total_tokens:
         programs = triton.cdiv(total_tokens, configuration["BLOCK_M"]) + sequences
@@ -244,9 +289,6 @@ def launch(
             HEADS=heads,
             GROUP=heads // k.shape[1],
             HEAD_DIM=head_dim,
-            BLOCK_TAIL=16,
-            BLOCK_D0=block_0,
-            BLOCK_D1=block_1,
             SEARCH=128,
             **configuration,
         )

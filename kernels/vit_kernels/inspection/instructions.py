@@ -1,5 +1,7 @@
 """What both readers of machine code give: instructions, their counts, the loop that matters among them."""
 
+import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -97,7 +99,7 @@ def count(instructions: Iterable[Instruction], kind_of: Callable[[Instruction], 
 def main_loop(
     instructions: Sequence[Instruction], kind_of: Callable[[Instruction], Kind | None]
 ) -> list[Instruction] | None:
-    """The innermost loop with matrix instructions (with most of them); without any, the longest innermost loop.
+    """The innermost loop with most work in its matrix instructions; without any, the longest innermost loop.
 
     None when there is no loop.
     """
@@ -107,8 +109,15 @@ def main_loop(
     innermost = [loop for loop in candidates if not any(other < loop for other in candidates)]
     if not innermost:
         return None
-    longest = max(innermost, key=lambda loop: (len(loop & matrix), len(loop)))
-    return [instructions[i] for i in sorted(longest)]
+    main = max(innermost, key=lambda loop: (sum(_products(instructions[i].opcode) for i in loop & matrix), len(loop)))
+    return [instructions[i] for i in sorted(main)]
+
+
+def _products(opcode: str) -> int:
+    """Multiplications of one matrix instruction, as far as its name says: tcgen05 reads its shape from a register."""
+    if shape := re.search(r"(\d+)x(\d+)x(\d+)", opcode):
+        return math.prod(map(int, shape.groups()))
+    return {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8}.get(opcode.partition(".")[2].partition(".")[0], 64 * 64 * 16)
 
 
 def natural_loops(instructions: Sequence[Instruction]) -> list[set[int]]:
