@@ -53,12 +53,15 @@ def _attend(
     BLOCK_D0: tl.constexpr,
     BLOCK_D1: tl.constexpr,
     MASK_KEYS: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """One step of the online softmax over the BLOCK_N keys from first_key on."""
     n = first_key + tl.arange(0, BLOCK_N)
     d_0 = tl.arange(0, BLOCK_D0)
     in_sequence = n < keys
+    if INT64_OFFSETS:
+        n = n.to(tl.int64)
     k_rows = k_ptr + n[None, :] * stride_k
     v_rows = v_ptr + n[:, None] * stride_v
 
@@ -119,6 +122,7 @@ def _attend_queries(
     BLOCK_TAIL: tl.constexpr,
     BLOCK_D0: tl.constexpr,
     BLOCK_D1: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """Outputs of BLOCK_M queries from first_query on; the pointers stand at the sequence and the head.
@@ -145,12 +149,12 @@ def _attend_queries(
     for first_key in range(0, full, BLOCK_N):
         row_max, row_sum, acc_0, acc_1 = _attend(
             q_0, q_1, k_ptr, v_ptr, stride_k, stride_v, first_key, keys, scale_log2, row_max, row_sum, acc_0, acc_1,
-            HEAD_DIM, BLOCK_N, BLOCK_D0, BLOCK_D1, False, INPUT_PRECISION,
+            HEAD_DIM, BLOCK_N, BLOCK_D0, BLOCK_D1, False, INT64_OFFSETS, INPUT_PRECISION,
         )  # fmt: skip
     for first_key in range(full, keys, BLOCK_TAIL):
         row_max, row_sum, acc_0, acc_1 = _attend(
             q_0, q_1, k_ptr, v_ptr, stride_k, stride_v, first_key, keys, scale_log2, row_max, row_sum, acc_0, acc_1,
-            HEAD_DIM, BLOCK_TAIL, BLOCK_D0, BLOCK_D1, True, INPUT_PRECISION,
+            HEAD_DIM, BLOCK_TAIL, BLOCK_D0, BLOCK_D1, True, INT64_OFFSETS, INPUT_PRECISION,
         )  # fmt: skip
 
     # Without keys the sum is 0: such rows are zeros, not 0 / 0.
@@ -190,6 +194,7 @@ def varlen_attention_kernel(
     BLOCK_D0: tl.constexpr,
     BLOCK_D1: tl.constexpr,
     SEARCH: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """One program: BLOCK_M queries of one head, found from cu_seqlens on the device.
@@ -216,12 +221,14 @@ def varlen_attention_kernel(
     if BLOCK_LAST < BLOCK_M and queries - first_query <= BLOCK_LAST:
         _attend_queries(
             q_ptr, k_ptr, v_ptr, out_ptr, stride_q, stride_k, stride_v, first_query, queries, keys, scale_log2,
-            HEADS * HEAD_DIM, HEAD_DIM, BLOCK_LAST, BLOCK_N, BLOCK_TAIL, BLOCK_D0, BLOCK_D1, INPUT_PRECISION,
+            HEADS * HEAD_DIM, HEAD_DIM, BLOCK_LAST, BLOCK_N, BLOCK_TAIL, BLOCK_D0, BLOCK_D1,
+            INT64_OFFSETS, INPUT_PRECISION,
         )  # fmt: skip
     else:
         _attend_queries(
             q_ptr, k_ptr, v_ptr, out_ptr, stride_q, stride_k, stride_v, first_query, queries, keys, scale_log2,
-            HEADS * HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_TAIL, BLOCK_D0, BLOCK_D1, INPUT_PRECISION,
+            HEADS * HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_TAIL, BLOCK_D0, BLOCK_D1,
+            INT64_OFFSETS, INPUT_PRECISION,
         )  # fmt: skip
 
 
@@ -290,6 +297,7 @@ def launch(
             GROUP=heads // k.shape[1],
             HEAD_DIM=head_dim,
             SEARCH=128,
+            INT64_OFFSETS=k.shape[0] * max(k.stride(0), v.stride(0)) >= 2**31,
             **configuration,
         )
     return out
