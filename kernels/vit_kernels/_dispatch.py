@@ -59,7 +59,8 @@ def choose(op: str, x: torch.Tensor, available: tuple[str, ...] = ("eager", "tri
     """
     implementation = _forced.implementation
     if implementation is None:
-        return "triton" if x.is_cuda else "eager"
+        # What is no tensor, the op's own checks refuse by name.
+        return "triton" if isinstance(x, torch.Tensor) and x.is_cuda else "eager"
     if implementation not in available:
         raise ValueError(f"force_impl: {op} has no {implementation!r} implementation, expected {', '.join(available)}")
     return implementation
@@ -82,7 +83,7 @@ def define(
 
     def kernel(x: torch.Tensor, *args: Any) -> Any:
         *rest, impl = args
-        impl = impl or choose(name, x, tuple(bodies))
+        impl = choose(name, x, tuple(bodies)) if impl is None else impl
         if impl not in bodies:
             raise ValueError(f"impl: {name} has no {impl!r} implementation, expected {', '.join(bodies)}")
         if impl == "eager":

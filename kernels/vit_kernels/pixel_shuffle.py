@@ -27,7 +27,7 @@ def pixel_shuffle(x: Tensor, height: int, width: int, factor: int = 2) -> Tensor
         [tiles, (height // factor) * (width // factor), channels * factor**2], contiguous, dtype of x.
 
     Raises:
-        TypeError: x has a dtype that the implementation does not take.
+        TypeError: x has a dtype that the implementation does not take, or the grid is not of integers.
         ValueError: a shape, stride or factor that does not fit.
     """
     impl = _dispatch.choose("pixel_shuffle", x)
@@ -42,7 +42,9 @@ def eager(x: Tensor, height: int, width: int, factor: int) -> Tensor:
     tiles, _, channels = x.shape
     rows, columns = height // factor, width // factor
     neighbourhoods = x.unflatten(1, (rows, factor, columns, factor)).transpose(2, 3)
-    return neighbourhoods.reshape(tiles, rows * columns, factor * factor * channels).contiguous()
+    # Always a copy: where nothing moves, a reshape alone would return the input's memory.
+    moved = neighbourhoods.clone(memory_format=torch.contiguous_format)
+    return moved.view(tiles, rows * columns, factor * factor * channels)
 
 
 def fake(x: Tensor, height: int, width: int, factor: int) -> Tensor:
@@ -61,6 +63,8 @@ def _validate(x: Tensor, height: int, width: int, factor: int, impl: str) -> Non
     _validation.check_dtype("x", x, impl)
     _validation.check_last_dim_contiguous("x", x)
     for name, value in (("height", height), ("width", width), ("factor", factor)):
+        if not isinstance(value, int | torch.SymInt):
+            raise TypeError(f"{name}: got {value!r}, expected an integer")
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected a positive integer")
     if height % factor or width % factor:

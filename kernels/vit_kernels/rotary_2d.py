@@ -70,10 +70,11 @@ def _validate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: str) -> None
         _validation.check_dtype(name, x, impl)
         _validation.check_last_dim_contiguous(name, x)
     _validation.check_like("k", k, "q", q)
-    if k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
-        raise ValueError(f"k: got shape {tuple(k.shape)}, expected tokens and head_dim of q {tuple(q.shape)}")
-    if q.shape[2] % 2:
-        raise ValueError(f"q: got head_dim {q.shape[2]}, expected an even number")
+    _validation.check_sizes(k.shape[0] == q.shape[0], "k: expected as many tokens as q has", k=k.shape[0], q=q.shape[0])
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(f"k: got head_dim {k.shape[2]}, expected {q.shape[2]} as q has")
+    if q.shape[2] < 2 or q.shape[2] % 2:
+        raise ValueError(f"q: got head_dim {q.shape[2]}, expected a positive even number")
     for name, table in (("cos", cos), ("sin", sin)):
         _validation.check_tensor(name, table, 2, "[positions, head_dim // 2]")
         _validation.check_same_device(name, table, "q", q)

@@ -47,9 +47,10 @@ def varlen_attention(
         [total_tokens, heads, head_dim], contiguous, dtype of q.
 
     Raises:
-        TypeError: a dtype that the implementation does not take, or that differs between q, k and v.
+        TypeError: a dtype that the implementation does not take, or that differs between q, k and v; a scale that is
+            no number.
         ValueError: shapes, strides, devices, scale or boundaries that do not fit.
-        NotImplementedError: return_lse or out is given.
+        NotImplementedError: return_lse or out is given; or, later, the gradient is differentiated.
     """
     if return_lse or out is not None:
         raise NotImplementedError("return_lse, out: these names are reserved, expected the defaults False and None")
@@ -160,7 +161,9 @@ def _validate(
             cu_seqlens_k=cu_seqlens_k.shape[0],
             cu_seqlens=cu_seqlens.shape[0],
         )
-    if scale is not None and not (math.isfinite(scale) and scale > 0):
+    if not isinstance(scale, int | float | torch.SymFloat | None):
+        raise TypeError(f"scale: got {type(scale).__name__}, expected a number")
+    if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale: got {scale}, expected a positive finite number")
 
 
@@ -183,6 +186,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads = torch.ops.vit_kernels.varlen_attention_backward.default(grad, *ctx.saved_tensors, ctx.scale, ctx.impl)
     return *grads, None, None, None, None
+
+
+def _backward_of_the_backward(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("varlen_attention: got a second derivative to compute, expected at most the first")
 
 
 def fake_backward(
@@ -209,4 +216,5 @@ _dispatch.define(
     " float scale, str? impl) -> (Tensor, Tensor, Tensor)",
     fake=fake_backward,
     bodies={"eager": eager_backward},
+    backward=_backward_of_the_backward,
 )
