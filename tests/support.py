@@ -1,0 +1,53 @@
+"""What the tests of the three ops share: the forms an op runs in, and what they judge it by."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from hypothesis import strategies as st
+from triton.runtime.interpreter import GridExecutor
+from vit_kernels import force_impl
+from vit_kernels.testing import corrected_interpreter, nan_filled_empty
+from vit_kernels.testing.strategies import dtypes
+
+IMPLEMENTATIONS = ("eager", "triton")
+FORMS = (*IMPLEMENTATIONS, "compiled eager", "compiled triton")
+
+
+def run(form: str, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call an op in one of FORMS, with NaN in what it allocates.
+
+    A compiled form is traced anew, as one graph of these very sizes.
+    """
+    with corrected_interpreter(), force_impl(form.split()[-1]), nan_filled_empty():
+        if form.startswith("compiled"):
+            torch.compiler.reset()
+            op = torch.compile(op, backend="aot_eager", fullgraph=True, dynamic=False)
+        return op(*args, **kwargs)
+
+
+def dtypes_of(form: str) -> st.SearchStrategy[torch.dtype]:
+    """The dtypes that an op takes in this form."""
+    return dtypes() if "triton" in form else dtypes() | st.just(torch.float64)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """The bit patterns of a floating tensor, as integers."""
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Same dtype, shape and bit patterns, NaN and the sign of zero included."""
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(bits(actual), bits(expected), rtol=0, atol=0)
+
+
+def launched_on(op: Callable[..., Any], *args: Any, **kwargs: Any) -> set[int]:
+    """Addresses of the tensors that the kernels of an op were launched on."""
+    with corrected_interpreter(), force_impl("triton"):
+        launch = GridExecutor.__call__
+        with mock.patch.object(GridExecutor, "__call__", autospec=True, side_effect=launch) as launches:
+            op(*args, **kwargs)
+    arguments = (argument for call in launches.call_args_list for argument in call.args)
+    return {argument.data_ptr() for argument in arguments if isinstance(argument, torch.Tensor)}

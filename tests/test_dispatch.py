@@ -1,0 +1,210 @@
+"""force_impl decides which body of an op runs: for one thread, while it lasts, and in compiled code too."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter, EagerAndRecordGraphs
+from torch.fx import GraphModule, Node
+from vit_kernels import _dispatch, force_impl, pixel_shuffle, rotary_2d, varlen_attention
+from vit_kernels.testing import corrected_interpreter, seeded_tensor
+
+NOT_CORRECTED = r"interpreter is wrong in bfloat16; call it inside vit_kernels\.testing\.corrected_interpreter\(\)"
+
+
+def call_pixel_shuffle(x: Tensor) -> Tensor:
+    return pixel_shuffle(x, 2, 4)
+
+
+def call_rotary_2d(x: Tensor) -> tuple[Tensor, Tensor]:
+    table = torch.ones(x.shape[1], x.shape[2] // 2)
+    q = x.transpose(0, 1)
+    return rotary_2d(q, q, table, table)
+
+
+def call_varlen_attention(x: Tensor) -> Tensor:
+    q = x.transpose(0, 1)
+    return varlen_attention(q, q, q, torch.zeros(1, dtype=torch.int32))
+
+
+OPS = [call_pixel_shuffle, call_rotary_2d, call_varlen_attention]
+every_op = pytest.mark.parametrize("op", OPS, ids=[op.__name__.removeprefix("call_") for op in OPS])
+
+
+def tiles(dtype: torch.dtype = torch.float32) -> Tensor:
+    return seeded_tensor((1, 8, 16), dtype, 0)
+
+
+def chosen() -> str:
+    """What the ops of this thread would run on a CPU tensor."""
+    return _dispatch.choose("pixel_shuffle", tiles())
+
+
+def test_the_device_decides_when_nothing_is_forced() -> None:
+    assert chosen() == "eager"
+    with torch._subclasses.FakeTensorMode():
+        assert _dispatch.choose("pixel_shuffle", torch.empty(1, device="cuda")) == "triton"
+
+
+@given(st.lists(st.sampled_from(["eager", "triton"]), max_size=4), st.booleans())
+def test_nests_and_is_restored(implementations: list[str], fails: bool) -> None:
+    def enter(remaining: list[str], before: str) -> None:
+        assert chosen() == before
+        if remaining:
+            try:
+                with force_impl(remaining[0]):
+                    enter(remaining[1:], remaining[0])
+            finally:
+                assert chosen() == before
+        elif fails:
+            raise KeyError
+
+    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+        enter(implementations, "eager")
+
+
+@pytest.mark.parametrize("name", ["cuda", "Triton", "", None, 3])
+def test_an_unknown_implementation_is_refused(name: Any) -> None:
+    with force_impl("triton"):
+        with pytest.raises(
+            ValueError, match=rf"^implementation: got {name!r}, expected one of eager, triton, flash_attn"
+        ):
+            force_impl(name).__enter__()
+        assert chosen() == "triton"
+
+
+def result_in_a_thread(function: Callable[[], object]) -> object:
+    results: list[object] = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def test_another_thread_does_not_see_it() -> None:
+    with force_impl("triton"):
+        assert result_in_a_thread(chosen) == "eager"
+        x = tiles(torch.bfloat16)
+        with pytest.raises(RuntimeError, match=NOT_CORRECTED):
+            call_pixel_shuffle(x)
+        shuffled = result_in_a_thread(lambda: call_pixel_shuffle(x))
+    assert isinstance(shuffled, Tensor)
+    assert torch.equal(shuffled, call_pixel_shuffle(x))
+
+    def force_and_leave() -> None:
+        force_impl("triton").__enter__()
+
+    result_in_a_thread(force_and_leave)
+    assert chosen() == "eager"
+
+
+@pytest.mark.parametrize("op", OPS[:2], ids=["pixel_shuffle", "rotary_2d"])
+def test_an_op_without_the_implementation_says_so(op: Callable[[Tensor], object]) -> None:
+    name = op.__name__.removeprefix("call_")
+    with force_impl("flash_attn"), pytest.raises(ValueError, match=rf"^force_impl: {name} has no 'flash_attn' impl"):
+        op(tiles())
+
+
+def test_the_impl_argument_of_an_op_decides_over_what_is_forced() -> None:
+    x, shuffle = tiles(torch.bfloat16), torch.ops.vit_kernels.pixel_shuffle.default
+    with force_impl("triton"):
+        assert torch.equal(shuffle(x, 2, 4, 2, "eager"), call_pixel_shuffle_eagerly(x))
+        with pytest.raises(RuntimeError, match=NOT_CORRECTED):
+            shuffle(x, 2, 4, 2, None)
+    assert torch.equal(shuffle(x, 2, 4, 2, None), call_pixel_shuffle_eagerly(x))
+    for unknown in ("flash_attn", "nonsense", ""):
+        with pytest.raises(ValueError, match=rf"^impl: pixel_shuffle has no '{unknown}' impl.*expected eager, triton"):
+            shuffle(x, 2, 4, 2, unknown)
+
+
+def call_pixel_shuffle_eagerly(x: Tensor) -> Tensor:
+    with force_impl("eager"):
+        return call_pixel_shuffle(x)
+
+
+def our_ops(graph_module: GraphModule) -> list[Node]:
+    return [node for node in graph_module.graph.nodes if str(node.target).startswith("vit_kernels.")]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@every_op
+def test_compiled_code_follows_what_is_forced(op: Callable[[Tensor], object]) -> None:
+    recorder = EagerAndRecordGraphs()
+    compiled = torch.compile(op, backend=recorder, fullgraph=True)
+    for implementation in (None, "eager", "triton", "eager", "triton"):
+        with corrected_interpreter():
+            if implementation is None:
+                compiled(tiles())
+            else:
+                with force_impl(implementation):
+                    compiled(tiles())
+    compiled(tiles())
+    # Nothing forced and each implementation: three graphs, used again when the choice returns.
+    assert len(recorder.graphs) == 3
+    not_forced, eager, triton = map(our_ops, recorder.graphs)
+    assert [node.args[-1] for node in triton] == ["triton"]
+    # On a CPU the two that a compiler can fuse are inlined; attention is one op everywhere.
+    inlined = op is not call_varlen_attention
+    assert [node.args[-1] for node in not_forced] == [node.args[-1] for node in eager] == [] if inlined else ["eager"]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_forcing_inside_compiled_code() -> None:
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        with force_impl("triton"):
+            by_kernel = call_pixel_shuffle(x)
+        return by_kernel, call_pixel_shuffle(x)
+
+    counter = CompileCounter()
+    with corrected_interpreter():
+        by_kernel, by_torch = torch.compile(both, backend=counter)(tiles())
+    assert torch.equal(by_kernel, by_torch)
+    assert chosen() == "eager"
+
+
+@every_op
+def test_bf16_needs_the_corrected_interpreter(op: Callable[[Tensor], object]) -> None:
+    with force_impl("triton"):
+        with pytest.raises(RuntimeError, match=NOT_CORRECTED):
+            op(tiles(torch.bfloat16))
+        op(tiles(torch.float16))
+        with corrected_interpreter():
+            op(tiles(torch.bfloat16))
+
+
+CALL_A_KERNEL = """
+import torch
+from vit_kernels import force_impl, pixel_shuffle
+
+x = torch.ones(1, 4, 3)
+assert pixel_shuffle(x, 2, 2).shape == (1, 1, 12)
+with force_impl("triton"):
+    pixel_shuffle(x, 2, 2)
+"""
+
+
+@pytest.mark.parametrize("setting", [None, "0"])
+def test_a_kernel_on_a_cpu_needs_the_interpreter(setting: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_INTERPRET": setting} if setting else {}
+    command = [sys.executable, "-c", CALL_A_KERNEL]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1].startswith(
+        "RuntimeError: implementation 'triton': a CPU tensor needs Triton's interpreter; set TRITON_INTERPRET=1 before"
+    )
+
+
+def test_without_triton_the_error_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_triton_is_installed", lambda: False)
+    with force_impl("triton"), pytest.raises(RuntimeError, match="the package triton is not installed"):
+        call_pixel_shuffle(tiles())
