@@ -202,6 +202,7 @@ def test_occupancy_by_registers_is_llvms(target: str, reports: dict[str, list[Ke
         ("sm_80", 255, 0, 8, 0, 1),
         ("sm_80", 255, 0, 16, 0, 0),
         ("sm_80", 160, 0, 4, 0, 3),
+        ("sm_80", 73, 0, 4, 0, 6),
         ("sm_80", 16, 0, 1, 0, 32),
         ("sm_80", 32, 0, 4, 0, 16),
         ("sm_80", 32, 80 * 1024, 4, 0, 2),
@@ -227,8 +228,8 @@ def test_occupancy(target: str, registers: int, shared_bytes: int, num_warps: in
     assert found == blocks
 
 
-# A loop at .L_x_1 whose wait at .L_x_9 was moved out of line, with a branch over part of it that meets again at BSYNC;
-# then a shorter loop without matrix instructions, and the trap that ends every kernel.
+# A loop at .L_x_1 whose wait at .L_x_9 was moved out of line, and in which a branch over part of it meets again at
+# .L_x_3 through BSYNC, past an exit; then a shorter loop without matrix instructions, and the trap after every kernel.
 SASS = """
 .text.kernel:
         /*0000*/                   LDC R1, c[0x0][0x37c] ;
@@ -241,30 +242,32 @@ SASS = """
         /*0050*/               @P1 BRA `(.L_x_8) ;
         /*0060*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
         /*0070*/                   BSYNC B0 ;
+        /*0080*/                   EXIT ;
 .L_x_8:
-        /*0080*/                   LDL.64 R6, [R1] ;
-        /*0090*/                   BSYNC B0 ;
+        /*0090*/               @P5 EXIT ;
+        /*00a0*/                   LDL.64 R6, [R1] ;
+        /*00b0*/                   BSYNC B0 ;
 .L_x_3:
-        /*00a0*/                   BRA.U UP0, `(.L_x_1) ;
+        /*00c0*/                   BRA.U UP0, `(.L_x_1) ;
 .L_x_4:
-        /*00b0*/                   STG.E.64 desc[UR4][R4.64], R6 ;
-        /*00c0*/               @P2 BRA `(.L_x_4) ;
-        /*00d0*/                   UTMALDG.2D [UR8], [UR4] ;
-        /*00e0*/                   EXIT ;
+        /*00d0*/                   STG.E.64 desc[UR4][R4.64], R6 ;
+        /*00e0*/               @P2 BRA `(.L_x_4) ;
+        /*00f0*/                   UTMALDG.2D [UR8], [UR4] ;
+        /*0100*/                   EXIT ;
 .L_x_9:
-        /*00f0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [R3], R5 ;
-        /*0100*/              @!P4 BRA `(.L_x_9) ;
-        /*0110*/                   BRA `(.L_x_2) ;
+        /*0110*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [R3], R5 ;
+        /*0120*/              @!P4 BRA `(.L_x_9) ;
+        /*0130*/                   BRA `(.L_x_2) ;
 .L_x_7:
-        /*0120*/                   BRA `(.L_x_7);
+        /*0140*/                   BRA `(.L_x_7);
 """
 
 
 def test_loops_of_sass_follow_the_flow_of_control() -> None:
     instructions = nvidia.parse({"sass": SASS})
-    assert len(instructions) == 19
+    assert len(instructions) == 21
     loops = sorted(natural_loops(instructions), key=min)
-    assert loops == [{*range(2, 11), 15, 16, 17}, {11, 12}, {15, 16}]
+    assert loops == [{*range(2, 8), *range(9, 13), 17, 18, 19}, {13, 14}, {17, 18}]
     loop = main_loop(instructions, nvidia.kind_of)
     assert loop == [instructions[i] for i in sorted(loops[0])]
 
@@ -281,7 +284,7 @@ def test_instructions_of_sass_are_classified() -> None:
         local_loads=Counter({8: 1}),
     )
     assert counts.opcodes["BRA"] == 6
-    assert counts.total == 19
+    assert counts.total == 21
 
 
 AMDGCN = """

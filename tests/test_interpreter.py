@@ -29,6 +29,8 @@ ALL_BITS = np.arange(1 << 16, dtype=np.uint16)
 SPECIAL_BITS = [0x0000, 0x0001, 0x007F, 0x0080, 0x3F80, 0x3F81, 0x4049, 0x7F7F, 0x7F80, 0x7F81, 0x7FC0]
 SPECIAL_BITS += [bits | 0x8000 for bits in SPECIAL_BITS]
 
+SOME_BITS = np.array(SPECIAL_BITS, dtype=np.uint16)
+
 bf16_bits = arrays(np.uint16, LANES, elements=st.sampled_from(SPECIAL_BITS) | st.integers(0, 0xFFFF))
 
 
@@ -173,6 +175,14 @@ def test_unary_operations_are_torchs_on_every_bf16() -> None:
     assert_same_bits(scaled, x * torch.tensor(0.3, dtype=torch.bfloat16))
     # numpy's and torch's exp2 differ by an ulp of fp32, which can tip a rounding.
     torch.testing.assert_close(exp2, torch.exp2(x), rtol=2**-7, atol=0, equal_nan=True)
+
+
+def test_unary_methods_of_the_builder_work_on_bf16() -> None:
+    # triton 3.9 negates by one; before that, the language gives them no bf16.
+    with corrected_interpreter(), np.errstate(invalid="ignore"):
+        floor = interpreter.interpreter_builder.create_floor(interpreter.TensorHandle(SOME_BITS, tl.bfloat16))
+    assert floor.dtype == tl.bfloat16
+    assert_same_bits(bf16(floor.data), bf16(SOME_BITS).floor())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
@@ -414,7 +424,7 @@ ROWS, COLUMNS, GAP = 3, 5, 3
     ("n", "first", "message"),
     [
         (16, 0, r"program \(0, 0, 0\): 1 of 16 .* 16 bytes \(4 elements\) past the end of argument '{name}'"),
-        (15, 1, r"3 of 15 .* in a gap between the elements of argument '{name}' \(shape \(3, 5\), strides \(8, 1\)"),
+        (5, 1, r"1 of 5 .* in a gap between the elements of argument '{name}' \(shape \(3, 5\), strides \(8, 1\)"),
         (5, -1, r"1 of 5 .* 4 bytes \(1 elements\) before the start of argument '{name}'"),
         (1, ROWS * 8 - GAP, r"1 of 1 .* 4 bytes \(1 elements\) past the end of argument '{name}'"),
         (1, 2**40, r"1 of 1 .* past the end of argument"),
@@ -505,6 +515,7 @@ def test_patches_are_undone() -> None:
         raise KeyError
     assert not _dispatch.interpreter_is_corrected
     assert patched_state() == before
+    assert tl.core.is_builtin(tl.core.load)
 
 
 @triton.jit

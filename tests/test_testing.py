@@ -270,9 +270,9 @@ def test_packed_sequences_reach_the_corners(holds: Callable[[strategies.PackedSe
     find(strategies.packed_sequences(), lambda packed: bool(holds(packed)))
 
 
-@given(padded=strategies.strided_tensors((3, 4, 8), torch.bfloat16))
+@given(padded=strategies.strided_tensors((2, 3, 4, 8), torch.bfloat16))
 def test_strided_tensors_keep_shape_dtype_and_a_contiguous_last_dimension(padded: NanPadded) -> None:
-    assert padded.tensor.shape == (3, 4, 8)
+    assert padded.tensor.shape == (2, 3, 4, 8)
     assert padded.tensor.dtype == torch.bfloat16
     assert padded.tensor.stride(-1) == 1
     assert padded.tensor.isfinite().all()
@@ -307,6 +307,12 @@ def test_packed_qkv_are_views_of_one_row(data: st.DataObject, tokens: int, kv_he
     assert len({x.stride() for x in (qkv.q, qkv.k, qkv.v)}) == 1
     assert {x.untyped_storage().data_ptr() for x in qkv[:3]} == {qkv.packed.storage.untyped_storage().data_ptr()}
     assert torch.equal(torch.cat(qkv[:3], dim=1).flatten(1), qkv.packed.tensor)
+
+
+def test_packed_qkv_reaches_rows_with_gaps() -> None:
+    strategy = strategies.packed_qkv(tokens=2, heads=3, head_dim=16, dtype=torch.float32)
+    assert find(strategy, lambda qkv: qkv.q.stride(0) > 3 * 3 * 16).packed.tensor.stride(1) == 1
+    find(strategy, lambda qkv: qkv.q.stride(0) == 3 * 3 * 16)
 
 
 def test_without_hypothesis_only_the_strategies_fail() -> None:

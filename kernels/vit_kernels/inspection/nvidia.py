@@ -69,8 +69,8 @@ def _with_control_flow(opcode: str, operands: str, predicated: bool, reconvergen
         # Only names where BSYNC on the same barrier will go.
         reconvergence[operands.partition(",")[0].strip()] = targets[0] if targets else ""
         return Instruction(opcode, operands)
-    if name == "BSYNC":
-        return Instruction(opcode, operands, targets=(reconvergence.get(operands.strip(), ""),))
+    if name == "BSYNC" and operands.strip() in reconvergence:
+        return Instruction(opcode, operands, targets=(reconvergence[operands.strip()],), falls_through=False)
     return Instruction(opcode, operands, falls_through=predicated or name not in ("EXIT", "RET", "BRX", "JMP"))
 
 
