@@ -17,7 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 Call = Callable[[], Tensor]
 
-MIN_ROUNDS, MAX_ROUNDS, ROUND_SECONDS = 2, 20, 60.0
+MIN_ROUNDS, MAX_ROUNDS, ROUND_SECONDS = 2, 20, 45.0
 """Without a number of rounds, another one starts while they took less than ROUND_SECONDS together."""
 
 _SAMPLING_SECONDS = 0.02

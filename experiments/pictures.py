@@ -41,10 +41,15 @@ def draw(result: dict[str, Any], pixel_values: Tensor, features: Tensor | None, 
 def _title(result: dict[str, Any]) -> str:
     encoder, sweep = result["encoder"], result["tile_counts"]
     device = (result["environment"]["devices"] or [{"name": result["environment"]["cpu"]["model"]}])[0]["name"]
-    graph = "NOT one graph" if result["graphs"]["problem"] or sweep["problem"] else "one graph, 0 breaks, 0 recompiles"
+    if result["graphs"]["problem"] or sweep["problem"]:
+        graph = "not proved to be one graph"
+    else:
+        graph = f"one graph, no recompile over {', '.join(map(str, sweep['tile_counts']))} tiles"
+    if sweep["hidden_size"] != encoder["hidden_size"]:
+        graph += f" (at width {sweep['hidden_size']})"
     return (
         f"Llama 4 vision encoder, {encoder['num_hidden_layers']} layers of width {encoder['hidden_size']}, "
-        f"{result['dtype']} on {device}: compiled as {graph} over {', '.join(map(str, sweep['tile_counts']))} tiles"
+        f"{result['dtype']} on {device}: {graph}"
     )
 
 
@@ -105,7 +110,7 @@ def _draw_first_calls(axes: Axes, rows: list[dict[str, Any]]) -> None:
         axes.barh(y, seconds, color=COLOURS[row["name"]], height=0.62)
         memory = "" if row["peak_bytes"] is None else f" (later calls: {row['peak_bytes'] / 2**30:.2f} GiB)"
         _label(axes, seconds, y, f"{seconds:.3g} s{memory}")
-    _finish(axes, rows, "first call, of all tiles (the compiled one compiles), and peak memory")
+    _finish(axes, rows, "first call (the compiled one compiles), and peak memory")
 
 
 def _draw_errors(axes: Axes, result: dict[str, Any]) -> None:
@@ -124,7 +129,7 @@ def _draw_errors(axes: Axes, result: dict[str, Any]) -> None:
         axes.plot(maximum, y, "|", color=COLOURS[row["name"]], markersize=12, markeredgewidth=2)
         _label(axes, maximum, y, f"RMS {rms:.1e}, max {maximum:.1e}")
     axes.set_xscale("log")
-    _finish(axes, rows, "error against the fp64 oracle: RMS (dot) and largest (tick), relative to the features' RMS")
+    _finish(axes, rows, "relative error against the fp64 oracle: RMS (dot), largest (tick)")
 
 
 def _say_wrong(axes: Axes, y: float) -> None:
