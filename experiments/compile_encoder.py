@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -80,7 +81,7 @@ class Subject:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the job and return its exit status."""
-    start = time.perf_counter()
+    start, load = time.perf_counter(), os.getloadavg()[0]
     parser = _parser()
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
@@ -91,7 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
     print_subject(console, subject.description)
     with torch.inference_mode(), peak_memory(torch.device("cpu")) as job_memory:
         result, features = _measure(options, subject)
-    result |= {"job": {"seconds": time.perf_counter() - start, "peak_bytes": job_memory.nbytes}}
+    seconds = time.perf_counter() - start
+    result |= {"job": {"seconds": seconds, "peak_bytes": job_memory.nbytes, "load_before": load}}
     print_result(console, result)
     for path in _write(options.out, result, subject, features):
         console.print(f"wrote {path}")

@@ -7,6 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+BUSY = 0.25
+"""A load average above this share of the cores, before the job starts, is other work that disturbs the times."""
+
 
 def print_subject(console: Console, subject: dict[str, Any]) -> None:
     """Print what is about to be measured."""
@@ -94,9 +97,7 @@ def notes(result: dict[str, Any]) -> list[str]:
     if timed:
         rounds = len(timed[0]["seconds_per_tile"]["samples"])
         lines.append(f"Times: {rounds} interleaved rounds after the first call. Peak: {_memory_kind(result)}.")
-    if "job" in result:
-        lines.append(f"The whole job: {result['job']['seconds']:.0f} s, peak {_gib(result['job']['peak_bytes'])} GiB.")
-    return lines + problems(result)
+    return [*lines, _job_note(result["job"], result["environment"]["cpu"]["cores"]), *problems(result)]
 
 
 def problems(result: dict[str, Any]) -> list[str]:
@@ -104,6 +105,16 @@ def problems(result: dict[str, Any]) -> list[str]:
     found = {row["name"]: row["problem"] for row in result["rows"]}
     found |= {"one graph": result["graphs"]["problem"], "tile counts": result["tile_counts"]["problem"]}
     return [f"WRONG: {name}: {problem}" for name, problem in found.items() if problem]
+
+
+def _job_note(job: dict[str, Any], cores: int) -> str:
+    note = f"The whole job: {job['seconds']:.0f} s, peak {_gib(job['peak_bytes'])} GiB."
+    if job["load_before"] > BUSY * cores:
+        note += (
+            f" Other work ran on the machine (load {job['load_before']:.1f} on {cores} cores before the start): "
+            "the times of the rows cannot be compared."
+        )
+    return note
 
 
 def _yardstick(result: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ from experiments import comparison, measure
 from experiments.comparison import ALLOWED_EPS, compare, relative_error
 from experiments.compile_encoder import main
 from experiments.peers import transformers_vision_model
+from experiments.report import notes
 from experiments.weights import random_encoder
 from scripts import update_readme
 
@@ -283,6 +284,14 @@ def test_a_cpu_that_emulates_the_dtype_is_warned_about(
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert run(tmp_path, "--dtype", "bfloat16")["slow_dtype"]
     assert "warning: this CPU has no bfloat16 instructions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("load", "said"), [(0.4, False), (0.6, True)])
+def test_a_busy_machine_is_named(load: float, said: bool) -> None:
+    (path,) = (ROOT / "experiments/results").glob("compile_encoder-scout-34-cpu-float32.json")
+    result = json.loads(path.read_text())
+    result["job"]["load_before"], result["environment"]["cpu"]["cores"] = load, 2
+    assert any("cannot be compared" in note for note in notes(result)) == said
 
 
 def test_the_readme_shows_the_results_that_are_there() -> None:
