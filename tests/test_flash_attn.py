@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from vit_kernels import _flash_attn, force_impl, varlen_attention
+from vit_kernels import _flash_attn, _validation, force_impl, varlen_attention
 from vit_kernels.reference import varlen_attention_reference
 from vit_kernels.testing import assert_close_to_reference, seeded_tensor
 from vit_kernels.testing.strategies import packed_sequences, seeds
@@ -45,6 +45,14 @@ class StandIn(ModuleType):
         return_attn_probs: bool = False,
         block_table: Tensor | None = None,
     ) -> Tensor:
+        # What the package's C++ checks, and what it reads without checking.
+        assert len(cu_seqlens_q) == len(cu_seqlens_k) > 1
+        assert q.shape[0] > 0
+        assert k.shape[0] > 0
+        assert max_seqlen_q > 1
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        for boundaries, tokens in ((cu_seqlens_q, q.shape[0]), (cu_seqlens_k, k.shape[0])):
+            assert [0, *boundaries.tolist(), tokens] == sorted([0, *boundaries.tolist(), tokens])
         assert isinstance(max_seqlen_q, int)
         assert isinstance(max_seqlen_k, int)
         assert (dropout_p, causal, window_size, softcap) == (0.0, False, (-1, -1), 0.0)
@@ -98,7 +106,8 @@ def test_hands_over_everything_and_zeroes_the_tail(
     assert_close_to_reference(out, expected, sdpa(q, k, v, cu_seqlens, cu_seqlens_k, scale))
     assert not out[int(cu_seqlens[-1]) :].any()
     # No length is read from the device: all tokens bound the longest sequence.
-    assert package.max_seqlens[-1] == (tokens, tokens_k)
+    if sequences > 1 and tokens and tokens_k:
+        assert package.max_seqlens[-1] == (max(tokens, 2), tokens_k)
 
 
 @given(packed=packed_sequences(max_total=60), seed=seeds())
@@ -107,7 +116,31 @@ def test_keys_lie_in_the_same_sequences_when_not_told_otherwise(package: StandIn
     q, k, v = (seeded_tensor((tokens, 2, 16), torch.float16, seed + i) for i in range(3))
     out = _flash_attn.varlen_attention(q, k, v, cu_seqlens, None, 0.25)
     assert torch.equal(out, _flash_attn.varlen_attention(q, k, v, cu_seqlens, cu_seqlens, 0.25))
-    assert package.max_seqlens[-2:] == [(tokens, tokens)] * 2
+    if len(cu_seqlens) > 1 and tokens:
+        assert package.max_seqlens[-2:] == [(max(tokens, 2), tokens)] * 2
+
+
+@given(boundaries=st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=6))
+def test_the_package_gets_boundaries_inside_the_tokens_whatever_came(package: StandIn, boundaries: list[int]) -> None:
+    q = torch.zeros(5, 1, 16, dtype=torch.float16)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # As on an accelerator, where contents are not checked.
+        monkeypatch.setattr(_validation, "check_cu_seqlens_where_possible", lambda *_: None)
+        out = _flash_attn.varlen_attention(q, q, q, torch.tensor(boundaries, dtype=torch.int32), None, 0.25)
+    assert out.shape == q.shape
+
+
+def test_contents_are_checked_on_a_device_in_debug_mode_only(package: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The check reads boundaries on the host; a tensor on "meta" stands for one on an accelerator.
+    q = torch.zeros(5, 1, 16, device="meta")
+    too_far = torch.tensor([0, 6], dtype=torch.int32)
+    monkeypatch.setattr(_validation, "DEVICE_CHECKS", False)
+    _validation.check_cu_seqlens_where_possible(too_far, None, q, q)
+    monkeypatch.setattr(_validation, "DEVICE_CHECKS", True)
+    with pytest.raises(ValueError, match="cu_seqlens: ends at 6, expected at most the 5 tokens"):
+        _validation.check_cu_seqlens_where_possible(too_far, None, q, q)
+    with pytest.raises(ValueError, match="cu_seqlens_k: ends at 6"):
+        _validation.check_cu_seqlens_where_possible(too_far[:1], too_far, q, q)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

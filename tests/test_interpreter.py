@@ -514,8 +514,8 @@ def test_patches_are_undone() -> None:
     with pytest.raises(KeyError), corrected_interpreter():
         raise KeyError
     assert not _dispatch.interpreter_is_corrected
+    # Not the pristine state: a launch without correction, as in other tests, leaves triton.language patched.
     assert patched_state() == before
-    assert tl.core.is_builtin(tl.core.load)
 
 
 @triton.jit

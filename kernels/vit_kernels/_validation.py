@@ -68,3 +68,13 @@ def check_cu_seqlens_contents(name: str, cu_seqlens: torch.Tensor, tokens: int) 
     if boundaries[-1] > tokens:
         raise ValueError(f"{name}: ends at {boundaries[-1]}, expected at most the {tokens} tokens given")
     return boundaries
+
+
+def check_cu_seqlens_where_possible(
+    cu_seqlens: torch.Tensor, cu_seqlens_k: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor
+) -> None:
+    """Check the contents of the boundaries on CPUs, and everywhere under VIT_KERNELS_DEBUG."""
+    if q.device.type == "cpu" or DEVICE_CHECKS:
+        check_cu_seqlens_contents("cu_seqlens", cu_seqlens, q.shape[0])
+        if cu_seqlens_k is not None:
+            check_cu_seqlens_contents("cu_seqlens_k", cu_seqlens_k, k.shape[0])

@@ -121,10 +121,7 @@ def fake(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tens
 def _launch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float) -> Tensor:
     from vit_kernels._triton.varlen_attention import launch
 
-    if q.device.type == "cpu" or _validation.DEVICE_CHECKS:
-        _validation.check_cu_seqlens_contents("cu_seqlens", cu_seqlens, q.shape[0])
-        if cu_seqlens_k is not None:
-            _validation.check_cu_seqlens_contents("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    _validation.check_cu_seqlens_where_possible(cu_seqlens, cu_seqlens_k, q, k)
     return launch(q, k, v, cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, scale)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
+
 DynamicShapes = Literal["unbacked", "backed_size_oblivious", "backed"]
 
 
@@ -25,7 +27,7 @@ class CompilationConfig:
 
     Raises:
         TypeError: a field of the wrong type.
-        ValueError: an unknown way of dynamic shapes.
+        ValueError: an unknown backend or way of dynamic shapes.
     """
 
     compile_mm_encoder: bool = False
@@ -37,6 +39,9 @@ class CompilationConfig:
             raise TypeError(f"compile_mm_encoder: got {self.compile_mm_encoder!r}, expected a bool")
         if not isinstance(self.backend, str) and not callable(self.backend):
             raise TypeError(f"backend: got {self.backend!r}, expected a name or a callable")
+        if isinstance(self.backend, str) and self.backend not in torch._dynamo.list_backends(exclude_tags=()):
+            known = ", ".join(torch._dynamo.list_backends(exclude_tags=()))
+            raise ValueError(f"backend: got {self.backend!r}, expected one of {known}")
         if self.dynamic_shapes not in get_args(DynamicShapes):
             raise ValueError(
                 f"dynamic_shapes: got {self.dynamic_shapes!r}, expected one of {', '.join(get_args(DynamicShapes))}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -15,6 +16,10 @@ from vit_encoder.compilation.config import CompilationConfig, DynamicShapes, sho
 from vit_encoder.compilation.counter import compilation_counter
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
+
+# Otherwise all instances of a class share one limit of graphs (recompile_limit, 8), and one instance's graph counts as
+# another's recompilation. New in torch 2.13 or shortly before.
+_ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
 
 def support_torch_compile(
@@ -36,8 +41,9 @@ def support_torch_compile(
         enable_if: whether to compile under a configuration.
 
     Raises:
-        ValueError: an argument that forward does not have; at a call, a dynamic dimension of size 0.
-        TypeError: the decorated object is not an nn.Module class.
+        ValueError: an argument that forward does not have; at a call, a dynamic dimension of size 0, or gradients with
+            the backend "eager".
+        TypeError: the decorated object is not an nn.Module class; at a call, arguments that forward does not take.
     """
 
     def decorate(cls: ModuleClass) -> ModuleClass:
@@ -49,28 +55,37 @@ def support_torch_compile(
                 f"dynamic_arg_dims: got {', '.join(unknown)}, expected arguments of {cls.__name__}.forward: "
                 f"{', '.join(parameters)}"
             )
-        validates = hasattr(cls, "validate_inputs")
         dims = {name: (dim,) if isinstance(dim, int) else tuple(dim) for name, dim in dynamic_arg_dims.items()}
 
         def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             config: CompilationConfig | None = getattr(self, "compilation_config", None)
             if config is None or not enable_if(config) or torch.compiler.is_compiling():
-                return self._call_impl(*args, **kwargs)
+                # A user's own module.compile() stays in force.
+                compiled_here = hasattr(self, "_compiled_for")
+                return (self._call_impl if compiled_here else self._wrapped_call_impl)(*args, **kwargs)
+            bound = _signature(type(self).forward).bind(self, *args, **kwargs)
+            if hasattr(self, "validate_inputs"):
+                known = _signature(type(self).validate_inputs).parameters  # type: ignore[attr-defined]
+                type(self).validate_inputs(  # type: ignore[attr-defined]
+                    **{name: value for name, value in bound.arguments.items() if name in known}
+                )
             _compile_once(self, config)
-            named = dict(zip(parameters, args, strict=False)) | kwargs
-            if validates:
-                self.validate_inputs(**named)  # type: ignore[operator]
             shapes = _dynamic_shapes(config)
             for name, indices in dims.items():
-                if (tensor := named.get(name)) is not None:
-                    named[name] = _mark(name, tensor, indices, shapes)
+                if (tensor := bound.arguments.get(name)) is not None:
+                    bound.arguments[name] = _mark(name, tensor, indices, shapes)
             with _tracing(shapes):
-                return self._wrapped_call_impl(**named)
+                return self._wrapped_call_impl(*bound.args[1:], **bound.kwargs)
 
         cls.__call__ = call  # type: ignore[method-assign]
         return cls
 
     return decorate
+
+
+@functools.cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def _compile_once(module: nn.Module, config: CompilationConfig) -> None:
@@ -84,11 +99,14 @@ def _compile_once(module: nn.Module, config: CompilationConfig) -> None:
         return backend(graph, example_inputs, **options)
 
     compilation_counter.models_seen += 1
-    module.compile(backend=counting_backend, fullgraph=True)
+    module.compile(backend=counting_backend, fullgraph=True, **_ISOLATED)
     module._compiled_for = config  # type: ignore[assignment]
 
 
 def _dynamic_shapes(config: CompilationConfig) -> DynamicShapes:
+    if torch.is_grad_enabled() and config.backend == "eager":
+        # It differentiates a nested region through memory that it never filled.
+        raise ValueError("backend: got 'eager' with gradients, expected torch.no_grad() or the backend 'aot_eager'")
     # torch 2.13's Inductor gives wrong gradients around a nested region with an unbacked size.
     if config.dynamic_shapes == "unbacked" and torch.is_grad_enabled():
         return "backed_size_oblivious"

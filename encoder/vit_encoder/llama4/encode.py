@@ -34,7 +34,8 @@ def encode_images(
     Raises:
         TypeError: `images` is not a sequence, `model` is no such module, a `TiledImage` does not hold floats, or what
             `tile_image` raises it for.
-        ValueError: `images` is empty, tiles of another size than the model's, or what `tile_image` raises it for.
+        ValueError: `images` is empty, a `TiledImage` has tiles of another size than the model's or, on the CPU, NaN or
+            infinity in them, or what `tile_image` raises it for.
         OSError: an image file is missing or cannot be decoded.
         Those about one image name its index.
     """
@@ -67,11 +68,15 @@ def _pixel_values(index: int, image: ImageInput | TiledImage, image_size: int) -
         except (TypeError, ValueError, OSError) as error:
             raise type(error)(f"images[{index}]: {error}") from error
     pixel_values = image.pixel_values
-    if not pixel_values.is_floating_point():
-        raise TypeError(f"images[{index}]: expected pixel_values of floats in [-1, 1], got {pixel_values.dtype}")
+    if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
+        received = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
+        raise TypeError(f"images[{index}]: expected pixel_values, a tensor of floats in [-1, 1], got {received}")
     if pixel_values.shape[1:] != (3, image_size, image_size) or len(pixel_values) == 0:
         raise ValueError(
             f"images[{index}]: expected pixel_values [tiles, 3, {image_size}, {image_size}] as model.config.image_size "
             f"says, got {tuple(pixel_values.shape)}"
         )
+    # On an accelerator the answer would have to be waited for.
+    if pixel_values.device.type == "cpu" and not bool(pixel_values.isfinite().all()):
+        raise ValueError(f"images[{index}]: expected finite pixel_values, got NaN or infinity")
     return pixel_values

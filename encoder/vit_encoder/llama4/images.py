@@ -29,6 +29,10 @@ _ACCEPTED_PIXELS = (
 )
 
 
+# Every canvas is tried, so a bound keeps a slip of the hand from taking all memory.
+_MOST_TILES = 1024
+
+
 @dataclass(frozen=True, eq=False)
 class TiledImage:
     """An image cut into tiles, as the vision encoder takes it.
@@ -74,7 +78,7 @@ def tile_image(image: ImageInput, *, image_size: int = 336, max_tiles: int = 16)
     Raises:
         TypeError: `image` is of another type or dtype, or `image_size` or `max_tiles` is not an int.
         ValueError: the wrong rank or number of channels, no pixels, values out of range or not finite, more pixels
-            than PIL's limit against decompression bombs, `image_size` or `max_tiles` below 1.
+            than PIL's limit against decompression bombs, `image_size` or `max_tiles` below 1, `max_tiles` above 1024.
         OSError: a file that is missing, is not a regular file, or cannot be decoded (truncated, not an image).
     """
     pixels = _to_rgb(image)
@@ -103,11 +107,13 @@ def best_canvas(height: int, width: int, *, image_size: int = 336, max_tiles: in
 
     Raises:
         TypeError: an argument is not an int.
-        ValueError: an argument is below 1.
+        ValueError: an argument is below 1, or max_tiles above 1024.
     """
     sizes = {"height": height, "width": width, "image_size": image_size, "max_tiles": max_tiles}
     for name, value in sizes.items():
         _check_positive_int(name, value)
+    if max_tiles > _MOST_TILES:
+        raise ValueError(f"max_tiles: expected at most {_MOST_TILES}, got {max_tiles}")
     canvases = _canvases(max_tiles)
     # float32, as in transformers: sides above 2**24 pixels round, and with them the comparisons.
     scales = ((canvases * image_size).astype(np.float32) / np.array([height, width], dtype=np.float32)).min(axis=1)

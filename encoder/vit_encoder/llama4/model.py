@@ -89,6 +89,12 @@ class Llama4VisionModel(nn.Module):
 
     def __init__(self, config: Llama4VisionConfig, *, compilation_config: CompilationConfig | None = None) -> None:
         super().__init__()
+        if not isinstance(config, Llama4VisionConfig):
+            raise TypeError(f"config: got {type(config).__name__}, expected a Llama4VisionConfig")
+        if not isinstance(compilation_config, CompilationConfig | None):
+            raise TypeError(
+                f"compilation_config: got {type(compilation_config).__name__}, expected a CompilationConfig or None"
+            )
         self.config = config
         self.compilation_config = compilation_config
         self.patch_embed = nn.Linear(config.patch_dim, config.hidden_size, bias=False)

@@ -45,8 +45,8 @@ def reference_forward(model: nn.Module, pixel_values: Tensor, *, progress: bool 
     def attention(x: Tensor, name: str) -> Tensor:
         q, k, v = linear(x, f"{name}.qkv").chunk(3, dim=-1)
         q, k, v = (part.reshape(len(x), config.num_attention_heads, config.head_dim) for part in (q, k, v))
-        q, k = rotary_2d_reference(q, k, *_tables(config))
-        cu_seqlens = torch.arange(0, len(x) + 1, tokens)
+        q, k = rotary_2d_reference(q, k, *_tables(config, x.device))
+        cu_seqlens = torch.arange(0, len(x) + 1, tokens, device=x.device)
         return linear(varlen_attention_reference(q, k, v, cu_seqlens).flatten(1), f"{name}.out_proj")
 
     patches = nn.functional.unfold(pixel_values.double(), config.patch_size, stride=config.patch_size).transpose(1, 2)
@@ -66,7 +66,7 @@ def _gelu(x: Tensor) -> Tensor:
     return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
 
-def _tables(config: Llama4VisionConfig) -> tuple[Tensor, Tensor]:
+def _tables(config: Llama4VisionConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """Angles one patch and one frequency at a time; the class token, last, stays where it is."""
     half = config.head_dim // 2
     angles = torch.zeros(config.tokens_per_tile, half, dtype=torch.float64)
@@ -76,4 +76,4 @@ def _tables(config: Llama4VisionConfig) -> tuple[Tensor, Tensor]:
             frequency = config.rope_theta ** (-2 * i / half)
             angles[patch, i] = (x + 1) * frequency
             angles[patch, half // 2 + i] = (y + 1) * frequency
-    return angles.cos(), angles.sin()
+    return angles.cos().to(device), angles.sin().to(device)

@@ -25,7 +25,7 @@ def _rotate_heads(
     """Rotate HEADS_PER_PROGRAM heads, from `head` on, of the tokens t; cos, sin [BLOCK_T, BLOCK_HALF]."""
     HALF: tl.constexpr = HEAD_DIM // 2
     for h in range(head, tl.minimum(head + HEADS_PER_PROGRAM, HEADS)):
-        source = x_ptr + t.to(tl.int64)[:, None] * stride_token + h * STRIDE_HEAD
+        source = x_ptr + t.to(tl.int64)[:, None] * stride_token + tl.cast(h, tl.int64) * STRIDE_HEAD
         target = out_ptr + t.to(tl.int64)[:, None] * (HEADS * HEAD_DIM) + h * HEAD_DIM
         if INTERLEAVED:
             d = tl.arange(0, 2 * BLOCK_HALF)[None, :]

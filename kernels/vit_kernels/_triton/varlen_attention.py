@@ -203,7 +203,7 @@ def varlen_attention_kernel(
     that many rows instead of BLOCK_M.
     """
     program = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     s = _find_sequence(cu_seqlens_ptr, sequences, program, BLOCK_M, SEARCH)
     if s < 0:
         return

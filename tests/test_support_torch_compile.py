@@ -1,0 +1,141 @@
+"""The decorator keeps a module's call what it was: its arguments, its subclasses, its users' own compilation."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from vit_encoder import CompilationConfig, Llama4VisionConfig, Llama4VisionModel, compilation_counter, whole_graph
+from vit_encoder.compilation import support_torch_compile
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+ON = CompilationConfig(compile_mm_encoder=True, backend="aot_eager")
+
+
+@support_torch_compile(dynamic_arg_dims={"x": 0, "bias": 0})
+class Doubled(nn.Module):
+    """Twice x, plus a bias."""
+
+    def __init__(self, compilation_config: CompilationConfig | None = ON) -> None:
+        super().__init__()
+        self.compilation_config = compilation_config
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, *, scale: int = 2) -> Tensor:
+        """[n] -> [n]."""
+        return scale * x + (0 if bias is None else bias)
+
+    def validate_inputs(self, x: Tensor) -> None:
+        """Refuse negative dimensions."""
+        if x.dim() != 1:
+            raise ValueError(f"x: got rank {x.dim()}, expected 1")
+
+
+def test_arguments_by_position_by_name_and_none() -> None:
+    module, x = Doubled(), torch.ones(3)
+    with torch.no_grad(), compilation_counter.expect(graphs_seen=3):
+        for out in (module(x), module(x=x), module(x, None), module(x, bias=None)):
+            assert out.tolist() == [2, 2, 2]
+        assert module(x, x).tolist() == [3, 3, 3]
+        assert module(torch.ones(5), bias=torch.ones(5)).tolist() == [3] * 5
+        assert module(x, scale=5).tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize("compilation_config", [None, ON])
+def test_arguments_that_forward_does_not_take(compilation_config: CompilationConfig | None) -> None:
+    module, x = Doubled(compilation_config), torch.ones(3)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((x, x, x), {}),
+        ((x,), {"x": x}),
+        ((x,), {"y": x}),
+        ((), {}),
+    ]
+    for args, kwargs in calls:
+        with pytest.raises(TypeError):
+            module(*args, **kwargs)
+
+
+def test_inputs_are_validated_outside_the_graph() -> None:
+    with pytest.raises(ValueError, match="x: got rank 2, expected 1"):
+        Doubled()(torch.ones(3, 1))
+    with pytest.raises(ValueError, match="bias: got size 0 in dimension 0"):
+        Doubled()(torch.ones(1), torch.ones(0))
+
+
+def test_many_instances_and_modes_do_not_share_a_limit() -> None:
+    with torch.no_grad(), whole_graph(12):
+        for size in range(1, 13):
+            assert Doubled()(torch.ones(size)).shape == (size,)
+
+
+def test_a_subclass_with_an_argument_of_its_own() -> None:
+    class Shifted(Doubled):
+        def forward(self, x: Tensor, bias: Tensor | None = None, *, scale: int = 2, shift: int = 0) -> Tensor:
+            return super().forward(x, bias, scale=scale) + shift
+
+    with torch.no_grad(), whole_graph():
+        assert Shifted()(torch.ones(2), shift=1).tolist() == [3, 3]
+
+
+def test_a_user_s_own_compilation_stays_in_force() -> None:
+    module = Doubled(compilation_config=None)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    module.compile(backend=backend)
+    assert module(torch.ones(3)).tolist() == [2, 2, 2]
+    assert len(graphs) == 1
+
+
+def test_switched_off_again_it_runs_eagerly() -> None:
+    module = Doubled()
+    with torch.no_grad(), compilation_counter.expect(graphs_seen=1):
+        module(torch.ones(3))
+        module.compilation_config = CompilationConfig()
+        module(torch.ones(3, dtype=torch.float64))
+
+
+def test_gradients_with_the_eager_backend_are_refused() -> None:
+    compilation_config = CompilationConfig(compile_mm_encoder=True, backend="eager")
+    model = Llama4VisionModel(Llama4VisionConfig.tiny(), compilation_config=compilation_config)
+    with pytest.raises(ValueError, match="backend: got 'eager' with gradients"):
+        model(torch.zeros(1, 3, 112, 112))
+
+
+def test_what_is_no_module_or_argument_is_refused() -> None:
+    with pytest.raises(TypeError, match="expected a subclass of"):
+        support_torch_compile(dynamic_arg_dims={})(dict)  # type: ignore[type-var]
+    with pytest.raises(ValueError, match=r"dynamic_arg_dims: got y, expected arguments of Linear\.forward: input"):
+        support_torch_compile(dynamic_arg_dims={"y": 0})(nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "message"),
+    [
+        ("backend", "nope", ValueError, "backend: got 'nope', expected one of .*inductor"),
+        ("backend", 3, TypeError, "backend: got 3, expected a name or a callable"),
+        ("dynamic_shapes", "static", ValueError, "dynamic_shapes: got 'static', expected one of unbacked"),
+        ("compile_mm_encoder", "yes", TypeError, "compile_mm_encoder: got 'yes', expected a bool"),
+    ],
+)
+def test_configuration_errors(field: str, value: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        CompilationConfig(**{field: value})
+
+
+def test_model_arguments_of_the_wrong_type() -> None:
+    with pytest.raises(TypeError, match="config: got NoneType, expected a Llama4VisionConfig"):
+        Llama4VisionModel(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="compilation_config: got dict, expected a CompilationConfig or None"):
+        Llama4VisionModel(Llama4VisionConfig.tiny(), compilation_config={})  # type: ignore[arg-type]
+
+
+def test_counter_expectations_fail_and_name_what_is_unknown() -> None:
+    grew = r"grew by \{'graphs_seen': 0\}, expected \{'graphs_seen': 1\}"
+    with pytest.raises(AssertionError, match=grew), compilation_counter.expect(graphs_seen=1):
+        Doubled(compilation_config=None)(torch.ones(1))
+    with pytest.raises(TypeError, match="expect: got graphs, expected names among models_seen, graphs_seen"):
+        compilation_counter.expect(graphs=1).__enter__()
