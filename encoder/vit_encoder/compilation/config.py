@@ -20,10 +20,11 @@ class CompilationConfig:
     Args:
         compile_mm_encoder: compile multimodal encoders; off by default, as upstream.
         backend: a torch.compile backend's name or a callable (graph module, example inputs) -> callable.
-        dynamic_shapes: how dynamic dimensions are traced. `unbacked` and `backed_size_oblivious` give one graph for
-            every size; `backed` gives two, as the sizes 0 and 1 are special to it. Tracing with fake tensors knows
-            no `unbacked`. With gradients `unbacked` is traced as `backed_size_oblivious`: torch 2.13 gets gradients
-            wrong otherwise.
+        dynamic_shapes: how dynamic dimensions are traced. `unbacked` gives one graph for every size.
+            `backed_size_oblivious` does so as far as Dynamo goes; torch 2.13's Inductor adds a guard that can single
+            out size 1 and cost a second graph. `backed` gives two, as the sizes 0 and 1 are special to it. Fake tensors
+            cannot be traced `unbacked`. With gradients `unbacked` is traced as `backed_size_oblivious`: torch 2.13
+            gets gradients wrong otherwise.
 
     Raises:
         TypeError: a field of the wrong type.
