@@ -182,6 +182,27 @@ def test_every_head_dim(head_dim: int) -> None:
             assert_right(attend(form, case), case)
 
 
+@pytest.mark.parametrize("form", IMPLEMENTATIONS)
+@pytest.mark.parametrize("sequences", [127, 128, 129, 257])
+def test_more_sequences_than_are_searched_at_once(form: str, sequences: int) -> None:
+    # The last two long enough for PyTorch's error to be typical.
+    lengths = [sequence % 3 == 0 for sequence in range(sequences - 2)] + [17, 20]
+    case = self_attention(lengths, 1, 1, 16, torch.bfloat16, sequences)
+    assert_right(attend(form, case), case)
+
+
+def test_keys_farther_apart_than_int32_can_count() -> None:
+    case = self_attention([3], 1, 1, 16, torch.float16, 0)
+    far = 2**30
+    # 4 GiB of which the operating system provides the few pages that are written.
+    k = torch.empty(2 * far + 16, dtype=torch.float16).as_strided(case.k.shape, (far, 16, 1))
+    k.copy_(case.k)
+    with corrected_interpreter(), force_impl("triton"):
+        for distant in (case._replace(k=k), case._replace(v=k)):
+            out = varlen_attention(*distant[:4])
+            assert_same_bits(out, varlen_attention(*(x.contiguous() for x in distant[:4])))
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]])
 @pytest.mark.parametrize("tokens", [0, 1, 5])
@@ -314,9 +335,9 @@ def test_outputs_are_averages_of_the_values(
 def test_huge_scores_pick_one_value(
     form: str, length: int, head_dim: int, dtype: torch.dtype, sign: int, seed: int
 ) -> None:
-    """Scores up to 4e6, whose exponentials overflow every dtype, so far apart that all but one weight underflow."""
+    """Scores up to 4e6, all of one sign, and so far apart that the exponentials of all but one underflow."""
     case = self_attention([length], 1, 1, head_dim, dtype, seed)
-    rank = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+    rank = 1 + torch.randperm(length, generator=torch.Generator().manual_seed(seed))
     q, k = torch.zeros_like(case.q), torch.zeros_like(case.k)
     q[..., 0], k[:, 0, 0] = sign * 6e4, rank.to(dtype)
     out = attend(form, case._replace(q=q, k=k))
@@ -455,10 +476,11 @@ def gradients(case: Case, grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
 @given(data=st.data(), dtype=st.sampled_from([torch.float16, torch.bfloat16]))
 def test_gradients_match_those_through_sdpa(data: st.DataObject, dtype: torch.dtype) -> None:
     case = data.draw(cases(dtype, max_total=50))
-    inputs = [x.detach().requires_grad_() for x in case[:3]]
-    out = varlen_attention(inputs[0], inputs[1], inputs[2], case.cu_seqlens, cu_seqlens_k=case.cu_seqlens_k)
-    grad = seeded_tensor(out.shape, dtype, data.draw(seeds()))
-    actual = torch.autograd.grad(out, inputs, grad)
+    q, k, v = inputs = [x.detach().requires_grad_() for x in case[:3]]
+    grad = seeded_tensor(q.shape, dtype, data.draw(seeds()))
+    with nan_filled_empty():
+        out = varlen_attention(q, k, v, case.cu_seqlens, cu_seqlens_k=case.cu_seqlens_k)
+        actual = torch.autograd.grad(out, inputs, grad)
     for x, expected, pytorch in zip(
         actual, gradients(case, grad, torch.float64), gradients(case, grad, dtype), strict=True
     ):
@@ -504,19 +526,26 @@ def test_there_is_no_second_derivative_and_the_error_says_so() -> None:
 OPCHECK_CASES = [(False, 1, False), (True, 2, False), (True, 2, True)]
 
 
+def opcheck_inputs(cross: bool, group: int) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Views of a packed qkv, and boundaries."""
+    kv_heads = 2 // group
+    qkv = seeded_tensor((9, 2 + 2 * kv_heads, 24), torch.float32, 0)
+    cu_seqlens = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
+    return list(qkv.split([2, kv_heads, kv_heads], dim=1)), cu_seqlens, cu_seqlens.clone() if cross else None
+
+
 @pytest.mark.parametrize(("cross", "group", "requires_grad"), OPCHECK_CASES)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_opcheck(impl: str, cross: bool, group: int, requires_grad: bool) -> None:
-    case = self_attention([3, 0, 5], 2, 2 // group, 16, torch.float32, 0)
+    inputs, *cu_seqlens = opcheck_inputs(cross, group)
     # The kernel has no backward.
-    inputs = [x.requires_grad_(requires_grad and impl == "eager") for x in case[:3]]
-    arguments = (*inputs, case.cu_seqlens, case.cu_seqlens if cross else None, 0.25, impl)
+    inputs = [x.detach().requires_grad_(requires_grad and impl == "eager") for x in inputs]
     with corrected_interpreter():
-        torch.library.opcheck(torch.ops.vit_kernels.varlen_attention.default, arguments)
+        torch.library.opcheck(torch.ops.vit_kernels.varlen_attention.default, (*inputs, *cu_seqlens, 0.25, impl))
 
 
 @pytest.mark.parametrize(("cross", "group"), [(False, 1), (True, 2)])
 def test_opcheck_of_the_backward(cross: bool, group: int) -> None:
-    case = self_attention([3, 0, 5], 2, 2 // group, 16, torch.float32, 0)
-    arguments = (case.q + 1, *case[:4], case.cu_seqlens if cross else None, 0.25, "eager")
+    inputs, *cu_seqlens = opcheck_inputs(cross, group)
+    arguments = (inputs[0] + 1, *inputs, *cu_seqlens, 0.25, "eager")
     torch.library.opcheck(torch.ops.vit_kernels.varlen_attention_backward.default, arguments)
