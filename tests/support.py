@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from triton.runtime.interpreter import GridExecutor
@@ -30,6 +31,19 @@ def run(form: str, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def dtypes_of(form: str) -> st.SearchStrategy[torch.dtype]:
     """The dtypes that an op takes in this form."""
     return dtypes() if "triton" in form else dtypes() | st.just(torch.float64)
+
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+EVERY_FORM_AND_DTYPE = [
+    *(
+        pytest.param(form, st.just(dtype), id=f"{form}-{str(dtype).removeprefix('torch.')}")
+        for form in IMPLEMENTATIONS
+        for dtype in (*KERNEL_DTYPES, torch.float64)
+        if (form, dtype) != ("triton", torch.float64)
+    ),
+    *(pytest.param(form, dtypes_of(form), id=form) for form in FORMS if form not in IMPLEMENTATIONS),
+]
+"""(form, strategy of dtypes): each dtype has its own examples, but where compiling makes them slow."""
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ from vit_kernels.testing.strategies import (
     strided_tensors,
 )
 
-from tests.support import FORMS, IMPLEMENTATIONS, assert_same_bits, dtypes_of, launched_on, run
+from tests.support import EVERY_FORM_AND_DTYPE, FORMS, IMPLEMENTATIONS, assert_same_bits, dtypes_of, launched_on, run
 
 BOUNDARY_LENGTHS = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
 INT32 = torch.iinfo(torch.int32)
@@ -141,10 +141,12 @@ def self_attention(
     return Case(q, k, v, boundaries(lengths), None, ())
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "dtypes_of_form"), EVERY_FORM_AND_DTYPE)
 @given(data=st.data(), scale=st.none() | st.floats(0.01, 0.5))
-def test_matches_the_reference(form: str, data: st.DataObject, scale: float | None) -> None:
-    case = data.draw(cases(data.draw(dtypes_of(form))))
+def test_matches_the_reference(
+    form: str, dtypes_of_form: st.SearchStrategy[torch.dtype], data: st.DataObject, scale: float | None
+) -> None:
+    case = data.draw(cases(data.draw(dtypes_of_form)))
     assert_right(attend(form, case, scale), case, scale)
     for storage in case.padded:
         storage.assert_padding_untouched()
