@@ -208,3 +208,79 @@ def test_without_triton_the_error_names_the_package(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(_dispatch, "_triton_is_installed", lambda: False)
     with force_impl("triton"), pytest.raises(RuntimeError, match="the package triton is not installed"):
         call_pixel_shuffle(tiles())
+
+
+def scale_and_add(x: Tensor, y: Tensor, scale: float, total: Tensor | None) -> None:
+    x.mul_(scale).add_(y)
+    if total is not None:
+        total.copy_(x.sum())
+
+
+_dispatch.define(
+    "scale_and_add_(Tensor(a!) x, Tensor y, float scale, Tensor(b!)? total, str? impl) -> ()",
+    bodies={"eager": scale_and_add},
+)
+
+
+def scale_and_add_(x: Tensor, y: Tensor, total: Tensor | None = None) -> None:
+    torch.ops.vit_kernels.scale_and_add_.default(x, y, 2.0, total, "eager")
+
+
+@pytest.mark.parametrize("with_total", [False, True])
+def test_opcheck_of_an_op_that_writes_to_its_arguments(with_total: bool) -> None:
+    op = torch.ops.vit_kernels.scale_and_add_.default
+    total = torch.zeros(()) if with_total else None
+    torch.library.opcheck(op, (torch.ones(3), torch.ones(3), 2.0, total, "eager"))
+
+
+def test_a_saved_tensor_that_an_op_wrote_to_is_found_in_the_backward() -> None:
+    for written in (0, 2):
+        tensors = [torch.ones(()), torch.ones(()), torch.ones(())]
+        out = torch.ones((), requires_grad=True) * tensors[written]
+        scale_and_add_(*tensors)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.backward()
+
+
+@pytest.mark.parametrize("made_in_inference_mode", [(), (0,), (1, 2), (0, 1, 2)])
+def test_inference_mode_may_mix_its_tensors_with_others(made_in_inference_mode: tuple[int, ...]) -> None:
+    tensors = [torch.ones(3), torch.ones(3), torch.zeros(())]
+    with torch.inference_mode():
+        tensors = [x.clone() if i in made_in_inference_mode else x for i, x in enumerate(tensors)]
+        scale_and_add_(*tensors)
+    assert tensors[0].tolist() == [3, 3, 3]
+    assert tensors[2] == 9
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("name", ["x", "y", "total"])
+def test_an_op_that_writes_to_its_arguments_refuses_gradients(name: str) -> None:
+    tensors = {"x": torch.ones(3), "y": torch.ones(3), "total": torch.ones(())}
+    tensors[name].requires_grad_()
+    message = (
+        rf"{name}: got a tensor that requires grad, expected none under torch\.is_grad_enabled\(\): scale_and_add_"
+    )
+    with pytest.raises(ValueError, match=f"^{message}"):
+        scale_and_add_(**tensors)
+    with pytest.raises(Exception, match=message):
+        torch.compile(scale_and_add_, backend="aot_eager", fullgraph=True)(**tensors)
+    assert tensors["x"].tolist() == [1, 1, 1]
+    with torch.no_grad():
+        scale_and_add_(**tensors)
+    assert tensors["x"].tolist() == [3, 3, 3]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_code_sees_what_an_op_wrote(backend: str) -> None:
+    def function(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        fresh, total = y + 1, torch.empty(())
+        scale_and_add_(fresh[1:], y[1:], total)
+        scale_and_add_(x, fresh)
+        return fresh * 2, total
+
+    inputs = [(torch.arange(4.0), torch.arange(4.0) + 5) for _ in range(2)]
+    expected = function(*inputs[0])
+    actual = torch.compile(function, backend=backend, fullgraph=True)(*inputs[1])
+    for x, y in zip((*actual, *inputs[1]), (*expected, *inputs[0]), strict=True):
+        assert torch.equal(x, y)

@@ -69,8 +69,8 @@ def choose(op: str, x: torch.Tensor, available: tuple[str, ...] = ("eager", "tri
 def define(
     schema: str,
     *,
-    fake: Callable[..., Any],
     bodies: Mapping[str, Callable[..., Any]],
+    fake: Callable[..., Any] = lambda *args: None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> None:
@@ -78,6 +78,9 @@ def define(
 
     The fake impl and every body take the schema's other arguments. The first one is a tensor whose device decides
     where the op runs. `setup_context` and `backward` are those of `torch.library.register_autograd`.
+
+    An op that writes to arguments, `Tensor(a!)`, returns `()`, so its fake impl has nothing to do. Such an op refuses
+    gradients, and its calls count as in-place changes to autograd and to compilers.
     """
     name = schema.partition("(")[0]
 
@@ -100,6 +103,40 @@ def define(
     torch.library.register_fake(f"vit_kernels::{name}", fake_kernel, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"vit_kernels::{name}", backward, setup_context=setup_context, lib=_library)
+    if "!" in schema:
+        _library.impl(name, _in_place(name), "ADInplaceOrView", with_keyset=True)
+
+
+def _in_place(name: str) -> Callable[..., Any]:
+    """What an op that writes to arguments does on its way to a kernel: what torch's own in-place operators do there.
+
+    A saved tensor that was changed since is found by its version.
+    """
+    op = getattr(torch.ops.vit_kernels, name).default
+    names = [argument.name for argument in op._schema.arguments]
+    written = [i for i, argument in enumerate(op._schema.arguments) if argument.alias_info is not None]
+
+    def track(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
+        refuse_gradients(name, **dict(zip(names, args, strict=True)))
+        torch.autograd.graph.increment_version([args[i] for i in written if args[i] is not None])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    return track
+
+
+def refuse_gradients(op: str, **arguments: Any) -> None:
+    """Raise for an op that writes to its arguments.
+
+    Raises:
+        ValueError: gradients are on and an argument requires them.
+    """
+    for name, argument in arguments.items():
+        if isinstance(argument, torch.Tensor) and argument.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: got a tensor that requires grad, expected none under torch.is_grad_enabled(): "
+                f"{op} writes to its arguments and has no gradient"
+            )
 
 
 def launch_context(impl: str, x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
