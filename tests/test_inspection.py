@@ -21,7 +21,8 @@ import triton.language as tl
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from vit_kernels.inspection import TARGETS, InstructionCounts, KernelReport, amd, compile_launch, nvidia
-from vit_kernels.inspection.instructions import count, main_loop, natural_loops
+from vit_kernels.inspection.dots import dot_loops
+from vit_kernels.inspection.instructions import count, main_loop, matrix_flops, matrix_loops, natural_loops
 
 M, N, K = 128, 64, 64
 HEADS, HEAD_DIM = 16, 88
@@ -108,7 +109,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[KernelRe
 MATRIX_INSTRUCTIONS = {
     "sm_80": ("HMMA.16816.F32.BF16", 16 * 8 * 16, 1),
     "sm_90": ("HGMMA.64x64x16.F32.BF16", 64 * 64 * 16, 4),
-    "sm_100": ("UTCHMMA", 128 * 64 * 16, 4),
+    "sm_100": ("UTCHMMA.128x64x16", 128 * 64 * 16, 4),
     "gfx942": ("v_mfma_f32_32x32x8_bf16", 32 * 32 * 8, 1),
     "gfx950": ("v_mfma_f32_32x32x16_bf16", 32 * 32 * 16, 1),
 }
@@ -125,7 +126,19 @@ def test_the_main_loop_multiplies_one_tile(target: str, reports: dict[str, list[
     assert (report.name, report.target) == ("matmul_kernel", target)
     assert report.constants == {"M": M, "N": N, "K": K}
     assert "tt.dot" in report.asm["ttir"]
-    assert opcode in report.asm["amdgcn" if target.startswith("gfx") else "sass"]
+    # The shape of tcgen05's is added by the reader.
+    assert opcode.replace(".128x64x16", " ") in report.asm["amdgcn" if target.startswith("gfx") else "sass"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_matrix_instructions_of_a_loop_make_the_flops_of_its_dot(
+    target: str, reports: dict[str, list[KernelReport]]
+) -> None:
+    (report,) = reports[f"matmul {target}"]
+    (loop,) = report.matrix_loops
+    assert loop == report.main_loop
+    assert report.dot_loops == (2 * M * N * K,)
+    assert loop.matrix_flops(report.num_warps) == 2 * M * N * K
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -270,6 +283,24 @@ def test_loops_of_sass_follow_the_flow_of_control() -> None:
     assert loops == [{*range(2, 8), *range(9, 13), 17, 18, 19}, {13, 14}, {17, 18}]
     loop = main_loop(instructions, nvidia.kind_of)
     assert loop == [instructions[i] for i in sorted(loops[0])]
+    assert matrix_loops(instructions, nvidia.kind_of) == [loop]
+
+
+TWO_LOOPS = """
+.L_x_1:
+        /*0000*/                   HMMA.1688.F32.TF32 R4, R8, R12, R4 ;
+        /*0010*/                   NOP ;
+        /*0020*/               @P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0040*/               @P0 BRA `(.L_x_2) ;
+        /*0050*/                   EXIT ;
+"""
+
+
+def test_the_loop_with_most_matrix_work_comes_first() -> None:
+    instructions = nvidia.parse({"sass": TWO_LOOPS})
+    assert matrix_loops(instructions, nvidia.kind_of) == [instructions[3:5], instructions[0:3]]
 
 
 def test_instructions_of_sass_are_classified() -> None:
@@ -285,6 +316,78 @@ def test_instructions_of_sass_are_classified() -> None:
     )
     assert counts.opcodes["BRA"] == 6
     assert counts.total == 21
+
+
+@pytest.mark.parametrize(
+    ("opcode", "flops"),
+    [
+        ("HMMA.16816.F32.BF16", 8 * 2 * 16 * 8 * 16),
+        ("HMMA.1688.F32.TF32", 8 * 2 * 16 * 8 * 8),
+        ("QMMA.16832.F32.E4M3.E4M3", 8 * 2 * 16 * 8 * 32),
+        ("HGMMA.64x96x16.F32.BF16", 2 * 2 * 64 * 96 * 16),
+        ("UTCHMMA.128x64x16", 2 * 128 * 64 * 16),
+        ("v_mfma_f32_16x16x16_bf16", 8 * 2 * 16 * 16 * 16),
+        ("v_mfma_f32_16x16x4_4b_f32", 8 * 2 * 4 * 16 * 16 * 4),
+    ],
+)
+def test_the_flops_of_a_matrix_instruction(opcode: str, flops: int) -> None:
+    assert matrix_flops(opcode, num_warps=8) == flops
+
+
+def test_a_matrix_instruction_without_a_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="opcode: got 'UTCHMMA', expected a matrix instruction with its shape"):
+        matrix_flops("UTCHMMA", num_warps=4)
+
+
+TENSOR_MEMORY = """
+        /*0000*/                   UMOV UR5, 0x10200490 ;
+        /*0010*/                   UTCHMMA gdesc[UR6], gdesc[UR8], tmem[UR14], tmem[UR4], idesc[UR5], !UPT ;
+        /*0020*/                   UMOV UR5, 0x4080910 ;
+        /*0030*/                   UTCHMMA tmem[UR6], gdesc[UR8], tmem[UR14], tmem[UR4], idesc[UR5], UPT ;
+        /*0040*/                   UTCQMMA gdesc[UR6], gdesc[UR8], tmem[UR14], tmem[UR4], idesc[UR5], UPT ;
+        /*0050*/                   UTCHMMA gdesc[UR6], gdesc[UR8], tmem[UR14], tmem[UR4], idesc[UR9], UPT ;
+        /*0060*/                   EXIT ;
+"""
+
+
+def test_shapes_of_tcgen05_are_read_from_their_descriptors() -> None:
+    opcodes = [instruction.opcode for instruction in nvidia.parse({"sass": TENSOR_MEMORY})]
+    assert opcodes[1::2] == ["UTCHMMA.256x128x16", "UTCHMMA.64x32x8", "UTCHMMA"]
+    assert opcodes[4] == "UTCQMMA.64x32x32"
+
+
+NESTED_DOTS = """
+module attributes {"ttg.num-warps" = 4 : i32} {
+  tt.func public @kernel(%q: !tt.ptr<bf16> loc("q"(#loc))) attributes {noinline = false} {
+    scf.for %i = %a to %b step %c : i32 {
+      %x = tt.dot %l, %m, %n : tensor<64x32xbf16> * tensor<32x16xbf16> -> tensor<64x16xf32> loc(#loc2)
+      scf.if %any {
+      %y = scf.for %j = %a to %b step %c iter_args(%z = %x) -> (tensor<64x16xf32>) : i32 {
+        %max = "tt.reduce"(%z) <{axis = 1 : i32}> ({
+        ^bb0(%p: f32, %q: f32):
+          tt.reduce.return %p : f32
+        }) : (tensor<64x16xf32>) -> tensor<64xf32>
+        scf.if %condition {
+          %d = tt.dot %l, %m, %z, inputPrecision = tf32x3 : tensor<8x4xf32> * tensor<4x2xf32> -> tensor<8x2xf32>
+        } else {
+          %e = tt.dot %l, %m, %z, inputPrecision = tf32 : tensor<8x4xf32> * tensor<4x2xf32> -> tensor<8x2xf32>
+        }
+      } loc(#loc3)
+      }
+    }
+    %w = scf.while (%k = %a) : (i32) -> i32 {
+      %f = tt.dot %l, %m, %n : tensor<128x64xbf16> * tensor<64x32xbf16> -> tensor<128x32xf32>
+    }
+    %g = tt.dot %l, %m, %n : tensor<256x64xbf16> * tensor<64x32xbf16> -> tensor<256x32xf32>
+    scf.for %i = %a to %b step %c : i32 {
+    }
+  }
+}
+"""
+
+
+def test_dots_are_counted_by_innermost_loop() -> None:
+    assert dot_loops(NESTED_DOTS) == (2 * 128 * 64 * 32, (3 + 1) * 2 * 8 * 4 * 2)
 
 
 AMDGCN = """
@@ -315,6 +418,7 @@ def test_amd_assembly_is_read() -> None:
     loops = sorted(natural_loops(instructions), key=min)
     assert loops == [{*range(2, 11)}, {5, 6, 7}]
     assert main_loop(instructions, amd.kind_of) == instructions[5:8]
+    assert matrix_loops(instructions, amd.kind_of) == [instructions[5:8]]
     counts = count(instructions, amd.kind_of)
     assert counts == InstructionCounts(
         opcodes=counts.opcodes,

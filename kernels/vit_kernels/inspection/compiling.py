@@ -11,7 +11,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from vit_kernels.inspection import amd, nvidia
-from vit_kernels.inspection.instructions import InstructionCounts, count, main_loop
+from vit_kernels.inspection.dots import dot_loops
+from vit_kernels.inspection.instructions import InstructionCounts, count, main_loop, matrix_loops
 from vit_kernels.inspection.targets import TARGETS, Target
 
 
@@ -36,6 +37,8 @@ class KernelReport:
         instructions: counts over the whole kernel.
         main_loop: counts over the innermost loop with most matrix instructions (without any: the longest innermost
             loop); None when the kernel has no loop.
+        matrix_loops: counts over each innermost loop with matrix instructions, those with most matrix work first.
+        dot_loops: FLOPs of one trip through each innermost loop with `tl.dot` in the source, most first.
         asm: "ttir", "ttgir", "llir", and "ptx" and "sass", or "amdgcn".
     """
 
@@ -53,6 +56,8 @@ class KernelReport:
     ctas_per_sm: int
     instructions: InstructionCounts
     main_loop: InstructionCounts | None
+    matrix_loops: tuple[InstructionCounts, ...]
+    dot_loops: tuple[int, ...]
     asm: dict[str, str] = dataclasses.field(repr=False)
 
 
@@ -158,6 +163,8 @@ def _report(target: Target, kernel: Any) -> KernelReport:
         ),
         instructions=count(instructions, reader.kind_of),
         main_loop=count(loop, reader.kind_of) if loop else None,
+        matrix_loops=tuple(count(body, reader.kind_of) for body in matrix_loops(instructions, reader.kind_of)),
+        dot_loops=dot_loops(asm["ttir"]),
         asm=asm,
     )
 

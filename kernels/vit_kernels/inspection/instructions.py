@@ -1,6 +1,5 @@
 """What both readers of machine code give: instructions, their counts, the loop that matters among them."""
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -52,7 +51,7 @@ class InstructionCounts:
 
     Attributes:
         opcodes: of every instruction, with modifiers.
-        matrix: opcodes of matrix instructions (HMMA, HGMMA, UTC*MMA, v_mfma and their like).
+        matrix: opcodes of matrix instructions (HMMA, HGMMA, UTC*MMA, v_mfma and their like), with their shapes.
         global_loads: bytes a lane -> count of loads from global memory into registers.
         global_stores: bytes a lane -> count of stores from registers to global memory.
         async_copies: bytes a lane -> count of copies from global to shared memory (cp.async; loads to LDS).
@@ -74,6 +73,10 @@ class InstructionCounts:
     def total(self) -> int:
         """Number of instructions."""
         return self.opcodes.total()
+
+    def matrix_flops(self, num_warps: int) -> int:
+        """FLOPs of all warps of a block in the matrix instructions, each of the text once; see `matrix_flops`."""
+        return sum(matrix_flops(opcode, num_warps) * times for opcode, times in self.matrix.items())
 
 
 def count(instructions: Iterable[Instruction], kind_of: Callable[[Instruction], Kind | None]) -> InstructionCounts:
@@ -103,21 +106,47 @@ def main_loop(
 
     None when there is no loop.
     """
-    loops = natural_loops(instructions)
+    if with_matrix := matrix_loops(instructions, kind_of):
+        return with_matrix[0]
+    longest: set[int] = max(_innermost(natural_loops(instructions)), key=len, default=set())
+    return [instructions[i] for i in sorted(longest)] or None
+
+
+def matrix_loops(
+    instructions: Sequence[Instruction], kind_of: Callable[[Instruction], Kind | None]
+) -> list[list[Instruction]]:
+    """The loops with matrix instructions that hold no other such loop, those with most matrix work first."""
     matrix = {i for i, x in enumerate(instructions) if (kind := kind_of(x)) and kind.name == "matrix"}
-    candidates = [loop for loop in loops if loop & matrix] or loops
-    innermost = [loop for loop in candidates if not any(other < loop for other in candidates)]
-    if not innermost:
-        return None
-    main = max(innermost, key=lambda loop: (sum(_products(instructions[i].opcode) for i in loop & matrix), len(loop)))
-    return [instructions[i] for i in sorted(main)]
+    loops = _innermost([loop for loop in natural_loops(instructions) if loop & matrix])
+
+    def work(loop: set[int]) -> tuple[int, int]:
+        return sum(matrix_flops(instructions[i].opcode, num_warps=4) for i in loop & matrix), len(loop)
+
+    return [[instructions[i] for i in sorted(loop)] for loop in sorted(loops, key=work, reverse=True)]
 
 
-def _products(opcode: str) -> int:
-    """Multiplications of one matrix instruction, as far as its name says: tcgen05 reads its shape from a register."""
-    if shape := re.search(r"(\d+)x(\d+)x(\d+)", opcode):
-        return math.prod(map(int, shape.groups()))
-    return {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8}.get(opcode.partition(".")[2].partition(".")[0], 64 * 64 * 16)
+def _innermost(loops: Sequence[set[int]]) -> list[set[int]]:
+    return [loop for loop in loops if not any(other < loop for other in loops)]
+
+
+def matrix_flops(opcode: str, num_warps: int) -> int:
+    """FLOPs that a block of `num_warps` warps makes when all of it passes one matrix instruction.
+
+    The shape m x n x k is in the name: HMMA.16816 is 16 x 8 x 16, v_mfma_f32_16x16x4_4b_f32 four of 16 x 16 x 4. Each
+    warp (wavefront) multiplies a tile of its own, but for Hopper's HGMMA, shared by four warps, and Blackwell's
+    UTC*MMA, which one thread issues for the block (`nvidia.parse` adds the shape to its name).
+
+    Raises:
+        ValueError: the name says no shape.
+    """
+    if named := re.search(r"(\d+)x(\d+)x(\d+)(?:_(\d+)b)?", opcode):
+        m, n, k, blocks = (int(size or 1) for size in named.groups())
+    elif named := re.search(r"MMA\.(?:SP\.)?168(\d+)", opcode):
+        m, n, k, blocks = 16, 8, int(named.group(1)), 1
+    else:
+        raise ValueError(f"opcode: got {opcode!r}, expected a matrix instruction with its shape in the name")
+    issuers = 1 if opcode.startswith("UTC") else num_warps / 4 if "GMMA" in opcode else num_warps
+    return int(2 * m * n * k * blocks * issuers)
 
 
 def natural_loops(instructions: Sequence[Instruction]) -> list[set[int]]:

@@ -25,6 +25,8 @@ _MEMORY = {
 }
 _LABEL = re.compile(r"^(\.L_\w+):")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
+_UNIFORM_CONSTANT = re.compile(r"(UR\d+), (0x[0-9a-f]+)$")
+_INSTRUCTION_DESCRIPTOR = re.compile(r"idesc\[(UR\d+)\]")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 
 
@@ -44,19 +46,38 @@ def _disassemble(cubin: bytes) -> str:
 
 
 def parse(asm: dict[str, str]) -> list[Instruction]:
-    """The instructions of nvdisasm's text."""
+    """The instructions of nvdisasm's text, the shapes of tcgen05's added to their opcodes."""
     instructions: list[Instruction] = []
     labels: list[str] = []
     reconvergence: dict[str, str] = {}
+    constants: dict[str, int] = {}
     for line in asm["sass"].splitlines():
         if label := _LABEL.match(line):
             labels.append(label.group(1))
         elif found := _INSTRUCTION.match(line):
             predicate, opcode, operands = found.groups()
+            if opcode == "UMOV" and (moved := _UNIFORM_CONSTANT.match(operands.strip())):
+                constants[moved.group(1)] = int(moved.group(2), 16)
+            opcode = _with_shape(opcode, operands, constants)
             instruction = _with_control_flow(opcode, operands, bool(predicate), reconvergence)
             instructions.append(instruction._replace(labels=tuple(labels)))
             labels = []
     return instructions
+
+
+def _with_shape(opcode: str, operands: str, constants: dict[str, int]) -> str:
+    """UTCHMMA as UTCHMMA.64x128x16: the shape of tcgen05.mma is in a descriptor, not in the name.
+
+    ptxas puts the constant into its register shortly before. Bits: PTX ISA, "Instruction descriptor" of tcgen05.
+    """
+    descriptor = _INSTRUCTION_DESCRIPTOR.search(operands)
+    if not descriptor or descriptor.group(1) not in constants:
+        return opcode
+    bits = constants[descriptor.group(1)]
+    m, n, format_of_a = (bits >> 24 & 31) << 4, (bits >> 17 & 63) << 3, bits >> 7 & 7
+    is_tf32 = opcode.startswith("UTCHMMA") and format_of_a == 2
+    k = 32 if opcode.startswith("UTCQMMA") else 8 if is_tf32 else 16
+    return f"{opcode}.{m}x{n}x{k}"
 
 
 def _with_control_flow(opcode: str, operands: str, predicated: bool, reconvergence: dict[str, str]) -> Instruction:
