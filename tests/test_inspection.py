@@ -22,7 +22,14 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from vit_kernels.inspection import TARGETS, InstructionCounts, KernelReport, amd, compile_launch, nvidia
 from vit_kernels.inspection.dots import dot_loops
-from vit_kernels.inspection.instructions import count, main_loop, matrix_flops, matrix_loops, natural_loops
+from vit_kernels.inspection.instructions import (
+    Resources,
+    count,
+    longest_loop,
+    matrix_flops,
+    matrix_loops,
+    natural_loops,
+)
 
 M, N, K = 128, 64, 64
 HEADS, HEAD_DIM = 16, 88
@@ -281,9 +288,7 @@ def test_loops_of_sass_follow_the_flow_of_control() -> None:
     assert len(instructions) == 21
     loops = sorted(natural_loops(instructions), key=min)
     assert loops == [{*range(2, 8), *range(9, 13), 17, 18, 19}, {13, 14}, {17, 18}]
-    loop = main_loop(instructions, nvidia.kind_of)
-    assert loop == [instructions[i] for i in sorted(loops[0])]
-    assert matrix_loops(instructions, nvidia.kind_of) == [loop]
+    assert matrix_loops(instructions, nvidia.kind_of) == [[instructions[i] for i in sorted(loops[0])]]
 
 
 TWO_LOOPS = """
@@ -301,6 +306,7 @@ TWO_LOOPS = """
 def test_the_loop_with_most_matrix_work_comes_first() -> None:
     instructions = nvidia.parse({"sass": TWO_LOOPS})
     assert matrix_loops(instructions, nvidia.kind_of) == [instructions[3:5], instructions[0:3]]
+    assert longest_loop(instructions) == instructions[0:3]
 
 
 def test_instructions_of_sass_are_classified() -> None:
@@ -417,7 +423,6 @@ def test_amd_assembly_is_read() -> None:
     instructions = amd.parse({"amdgcn": AMDGCN})
     loops = sorted(natural_loops(instructions), key=min)
     assert loops == [{*range(2, 11)}, {5, 6, 7}]
-    assert main_loop(instructions, amd.kind_of) == instructions[5:8]
     assert matrix_loops(instructions, amd.kind_of) == [instructions[5:8]]
     counts = count(instructions, amd.kind_of)
     assert counts == InstructionCounts(
@@ -434,12 +439,21 @@ def test_amd_assembly_is_read() -> None:
 
 def test_code_without_a_loop_has_no_main_loop() -> None:
     instructions = nvidia.parse({"sass": "        /*0000*/                   EXIT ;"})
-    assert main_loop(instructions, nvidia.kind_of) is None
+    assert longest_loop(instructions) is None
 
 
 def test_a_log_of_ptxas_without_figures_is_refused() -> None:
     with pytest.raises(RuntimeError, match="expected lines on registers and spills, got 'nothing'"):
         nvidia.parse_ptxas_log("nothing")
+
+
+def test_resources_are_read_without_ptxas_where_there_is_no_stack() -> None:
+    line = " Function kernel:\n  REG:{} STACK:{} SHARED:1024 LOCAL:{} CONSTANT[0]:624 TEXTURE:0\n"
+    free = line.format(40, 0, 0)
+    assert nvidia.parse_resource_usage(free + line.format(72, 0, 0)) == Resources(72, 0, 0, 0)
+    assert nvidia.parse_resource_usage(free + line.format(72, 8, 0)) is None
+    assert nvidia.parse_resource_usage(free + line.format(72, 0, 8)) is None
+    assert nvidia.parse_resource_usage("nothing") is None
 
 
 def test_an_unknown_target_is_refused() -> None:

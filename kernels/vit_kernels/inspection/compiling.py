@@ -12,7 +12,7 @@ from triton.runtime.jit import JITFunction
 
 from vit_kernels.inspection import amd, nvidia
 from vit_kernels.inspection.dots import dot_loops
-from vit_kernels.inspection.instructions import InstructionCounts, count, main_loop, matrix_loops
+from vit_kernels.inspection.instructions import InstructionCounts, count, longest_loop, matrix_loops
 from vit_kernels.inspection.targets import TARGETS, Target
 
 
@@ -143,7 +143,8 @@ def _report(target: Target, kernel: Any) -> KernelReport:
     reader = amd if target.backend == "hip" else nvidia
     asm = reader.texts(kernel)
     instructions = reader.parse(asm)
-    loop = main_loop(instructions, reader.kind_of)
+    loops = matrix_loops(instructions, reader.kind_of)
+    loop = loops[0] if loops else longest_loop(instructions)
     resources = reader.resources(kernel, asm)
     tensor_memory_columns = getattr(kernel.metadata, "tmem_size", None) or 0
     return KernelReport(
@@ -163,7 +164,7 @@ def _report(target: Target, kernel: Any) -> KernelReport:
         ),
         instructions=count(instructions, reader.kind_of),
         main_loop=count(loop, reader.kind_of) if loop else None,
-        matrix_loops=tuple(count(body, reader.kind_of) for body in matrix_loops(instructions, reader.kind_of)),
+        matrix_loops=tuple(count(body, reader.kind_of) for body in loops),
         dot_loops=dot_loops(asm["ttir"]),
         asm=asm,
     )

@@ -99,15 +99,8 @@ def count(instructions: Iterable[Instruction], kind_of: Callable[[Instruction], 
     )
 
 
-def main_loop(
-    instructions: Sequence[Instruction], kind_of: Callable[[Instruction], Kind | None]
-) -> list[Instruction] | None:
-    """The innermost loop with most work in its matrix instructions; without any, the longest innermost loop.
-
-    None when there is no loop.
-    """
-    if with_matrix := matrix_loops(instructions, kind_of):
-        return with_matrix[0]
+def longest_loop(instructions: Sequence[Instruction]) -> list[Instruction] | None:
+    """The innermost loop with most instructions; None when there is no loop."""
     longest: set[int] = max(_innermost(natural_loops(instructions)), key=len, default=set())
     return [instructions[i] for i in sorted(longest)] or None
 
@@ -157,10 +150,10 @@ def natural_loops(instructions: Sequence[Instruction]) -> list[set[int]]:
     out-of-line waits on barriers for loops, and miss that they belong to one.
     """
     graph = _control_flow(instructions)
-    dominator = nx.immediate_dominators(graph, 0)
+    dominates = _dominance(graph)
     bodies: dict[int, set[int]] = {}
     for origin, header in graph.edges:
-        if origin in dominator and _dominates(header, origin, dominator):
+        if dominates(header, origin):
             without_header = graph.subgraph(graph.nodes - {header})
             inside = {origin} | nx.ancestors(without_header, origin) if origin != header else set()
             bodies.setdefault(header, {header}).update(inside)
@@ -178,11 +171,16 @@ def _control_flow(instructions: Sequence[Instruction]) -> "nx.DiGraph[int]":
     return graph.subgraph(reachable).copy()
 
 
-def _dominates(header: int, node: int, immediate_dominator: dict[int, int]) -> bool:
-    # A root is given as its own dominator, or not at all, as the version of networkx has it.
-    while node != header:
-        above = immediate_dominator.get(node, node)
-        if above in (node, None):
-            return False
-        node = above
-    return True
+def _dominance(graph: "nx.DiGraph[int]") -> Callable[[int, int], bool]:
+    """Whether the first node dominates the second: whether it is an ancestor in the tree of dominators, or the same."""
+    # The root is given as its own dominator, or as None, or not at all, as the version of networkx has it.
+    parents = {node: above for node, above in nx.immediate_dominators(graph, 0).items() if above not in (node, None)}
+    tree: nx.DiGraph[int] = nx.DiGraph((above, node) for node, above in parents.items())
+    tree.add_node(0)
+    entered, left = {}, {}
+    for time, (_, node, event) in enumerate(nx.dfs_labeled_edges(tree, 0)):
+        if event == "forward":
+            entered[node] = time
+        elif event == "reverse":
+            left[node] = time
+    return lambda above, node: entered[above] <= entered[node] and left[node] <= left[above]

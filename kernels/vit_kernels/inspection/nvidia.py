@@ -33,15 +33,15 @@ _TARGET = re.compile(r"`\((\.L_\w+)\)")
 def texts(kernel: Any) -> dict[str, str]:
     """The compiler's stages, PTX, and the SASS of the Triton wheel's nvdisasm."""
     return {name: kernel.asm[name] for name in ("ttir", "ttgir", "llir", "ptx")} | {
-        "sass": _disassemble(kernel.asm["cubin"])
+        "sass": _on_cubin(kernel.asm["cubin"], "nvdisasm", "-c")
     }
 
 
-def _disassemble(cubin: bytes) -> str:
+def _on_cubin(cubin: bytes, tool: str, *options: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        command = [knobs.nvidia.nvdisasm.path, "-c", str(path)]
+        command = [getattr(knobs.nvidia, tool).path, *options, str(path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -108,12 +108,22 @@ def kind_of(instruction: Instruction) -> Kind | None:
 
 
 def resources(kernel: Any, asm: dict[str, str]) -> Resources:
-    """What ptxas says of a compiled kernel, run once more with the flags that Triton gives it."""
+    """What ptxas says of a compiled kernel, run once more with Triton's flags where there may be spills."""
+    if without_stack := parse_resource_usage(_on_cubin(kernel.asm["cubin"], "cuobjdump", "-res-usage")):
+        return without_stack
     backend = make_backend(kernel.metadata.target)
     with knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
         knobs.nvidia.dump_ptxas_log = True
         backend.make_cubin(asm["ptx"], {}, kernel.metadata, kernel.metadata.target.arch)
     return parse_ptxas_log(log.getvalue())
+
+
+def parse_resource_usage(log: str) -> Resources | None:
+    """The figures of `cuobjdump -res-usage`; None when there is a stack, as spills need, of which it says no more."""
+    found = [tuple(map(int, figures)) for figures in re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", log)]
+    if not found or any(stack or local for _, stack, local in found):
+        return None
+    return Resources(max(registers for registers, _, _ in found), 0, 0, 0)
 
 
 def parse_ptxas_log(log: str) -> Resources:
