@@ -2,7 +2,12 @@
 
 from vit_encoder.compilation import (
     CompilationConfig,
+    DynamicDims,
     compilation_counter,
+    get_forward_context,
+    ignore_torch_compile,
+    set_forward_context,
+    set_model_tag,
     should_torch_compile_mm_encoder,
     support_torch_compile,
     whole_graph,
@@ -18,12 +23,17 @@ from vit_encoder.llama4 import (
 
 __all__ = [
     "CompilationConfig",
+    "DynamicDims",
     "Llama4MultiModalProjector",
     "Llama4VisionConfig",
     "Llama4VisionModel",
     "TiledImage",
     "compilation_counter",
     "encode_images",
+    "get_forward_context",
+    "ignore_torch_compile",
+    "set_forward_context",
+    "set_model_tag",
     "should_torch_compile_mm_encoder",
     "support_torch_compile",
     "tile_image",

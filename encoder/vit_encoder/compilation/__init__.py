@@ -1,14 +1,21 @@
 """Compile scaffold: one whole graph for an encoder."""
 
 from vit_encoder.compilation.config import CompilationConfig, should_torch_compile_mm_encoder
+from vit_encoder.compilation.context import ForwardContext, get_forward_context, set_forward_context, set_model_tag
 from vit_encoder.compilation.counter import compilation_counter
-from vit_encoder.compilation.decorator import support_torch_compile
+from vit_encoder.compilation.decorator import DynamicDims, ignore_torch_compile, support_torch_compile
 from vit_encoder.compilation.whole_graph import GraphReport, whole_graph
 
 __all__ = [
     "CompilationConfig",
+    "DynamicDims",
+    "ForwardContext",
     "GraphReport",
     "compilation_counter",
+    "get_forward_context",
+    "ignore_torch_compile",
+    "set_forward_context",
+    "set_model_tag",
     "should_torch_compile_mm_encoder",
     "support_torch_compile",
     "whole_graph",

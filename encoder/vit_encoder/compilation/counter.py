@@ -15,10 +15,19 @@ class CompilationCounter:
     Args:
         models_seen: module instances that `support_torch_compile` compiled, once for each configuration.
         graphs_seen: graphs that Dynamo handed to a backend, recompilations included.
+        backend_compilations: graphs that a backend really compiled, rather than taking them from a cache.
+        cache_hits: graphs that Inductor or AOTAutograd took from a cache.
+        artifacts_saved, artifacts_loaded: files written to and taken from `CompilationConfig.cache_dir`.
+        recompiles: graphs made for a module and range of sizes that had one already.
     """
 
     models_seen: int = 0
     graphs_seen: int = 0
+    backend_compilations: int = 0
+    cache_hits: int = 0
+    artifacts_saved: int = 0
+    artifacts_loaded: int = 0
+    recompiles: int = 0
 
     @contextlib.contextmanager
     def expect(self, **expected: int) -> Iterator[None]:

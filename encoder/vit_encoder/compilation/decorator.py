@@ -5,82 +5,149 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, TypeVar
 
 import torch
 import torch.fx.experimental._config as fx_config
 from torch import Tensor, nn
 
-from vit_encoder.compilation.config import CompilationConfig, DynamicShapes, should_torch_compile_mm_encoder
-from vit_encoder.compilation.counter import compilation_counter
+from vit_encoder.compilation.compiling import CompiledModule
+from vit_encoder.compilation.config import (
+    MAX_INT,
+    CompilationConfig,
+    DynamicShapes,
+    compilation_is_off,
+    should_torch_compile_mm_encoder,
+)
+from vit_encoder.compilation.context import ModelTag, claim_tag, surroundings
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
+Dims = Mapping[str, int | Sequence[int]]
 
-# Otherwise all instances of a class share one limit of graphs (recompile_limit, 8), and one instance's graph counts as
-# another's recompilation. New in torch 2.13 or shortly before.
-_ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+_OFF = compilation_is_off()
+_DEFAULT = CompilationConfig()
+
+
+@dataclass(frozen=True, init=False)
+class DynamicDims:
+    """An annotation of forward's arguments: `x: Annotated[Tensor, DynamicDims(0)]` varies in dimension 0."""
+
+    dims: tuple[int, ...]
+
+    def __init__(self, *dims: int) -> None:
+        object.__setattr__(self, "dims", dims)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What the decorator was told about a class."""
+
+    dims: Mapping[str, tuple[int, ...]]
+    unbacked: Mapping[str, tuple[int, ...]]
+    enable_if: Callable[[CompilationConfig], bool]
+    is_encoder: bool
 
 
 def support_torch_compile(
     *,
-    dynamic_arg_dims: Mapping[str, int | Sequence[int]],
+    dynamic_arg_dims: Dims | None = None,
+    mark_unbacked_dims: Dims | None = None,
     enable_if: Callable[[CompilationConfig], bool] = should_torch_compile_mm_encoder,
+    is_encoder: bool = False,
 ) -> Callable[[ModuleClass], ModuleClass]:
     """Compile a module class's calls with `fullgraph=True`, one graph for every size of the dynamic dimensions.
 
-    An instance compiles at its first call, if `enable_if` says so of its attribute `compilation_config`, and again
-    only if that attribute is replaced. All of Dynamo's guards stay: another dtype, rank, device, grad mode or
-    `force_impl` compiles another graph. A module's method `validate_inputs`, if it has one, sees the arguments
-    first: an exception raised inside a graph would reach the caller as a failure of Dynamo.
+    An instance compiles at its first call, if `enable_if` says so of the configuration in force: that of its attribute
+    `compilation_config`, else of the forward context, else the default; and again only under another one. Another
+    dtype, rank, device, grad mode or `force_impl`, and other parameters than before, compile another graph. A module's
+    method `validate_inputs`, if it has one, sees the arguments first: an exception raised inside a graph would reach
+    the caller as a failure of Dynamo. Subclasses inherit all this; `ignore_torch_compile` opts out.
     Source: vLLM's `compilation/decorators.py` and its pull request 30709.
 
     Args:
-        dynamic_arg_dims: forward's argument names, and which of their dimensions vary from call to call. None may
-            be passed for such an argument.
+        dynamic_arg_dims: forward's argument names, and which of their dimensions vary from call to call; by default
+            those annotated with `DynamicDims`. None may be passed for such an argument. The first dimension of the
+            first such argument decides which compile range a call falls into.
+        mark_unbacked_dims: dimensions that are traced unbacked whatever the configuration's `dynamic_shapes` say
+            (but with gradients, which it explains).
         enable_if: whether to compile under a configuration.
+        is_encoder: no upper bound on the sizes, as for `set_model_tag`.
 
     Raises:
-        ValueError: an argument that forward does not have; at a call, a dynamic dimension of size 0, or gradients with
-            the backend "eager".
+        ValueError: an argument that forward does not have, no dynamic dimension at all; at a call, a dynamic dimension
+            of size 0, a size above all compile ranges, or gradients with the backend "eager".
         TypeError: the decorated object is not an nn.Module class; at a call, arguments that forward does not take.
     """
 
     def decorate(cls: ModuleClass) -> ModuleClass:
         if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
             raise TypeError(f"support_torch_compile: got {cls!r}, expected a subclass of nn.Module")
-        parameters = list(inspect.signature(cls.forward).parameters)[1:]
-        if unknown := sorted(set(dynamic_arg_dims) - set(parameters)):
-            raise ValueError(
-                f"dynamic_arg_dims: got {', '.join(unknown)}, expected arguments of {cls.__name__}.forward: "
-                f"{', '.join(parameters)}"
-            )
-        dims = {name: (dim,) if isinstance(dim, int) else tuple(dim) for name, dim in dynamic_arg_dims.items()}
-
-        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            config: CompilationConfig | None = getattr(self, "compilation_config", None)
-            if config is None or not enable_if(config) or torch.compiler.is_compiling():
-                # A user's own module.compile() stays in force.
-                compiled_here = hasattr(self, "_compiled_for")
-                return (self._call_impl if compiled_here else self._wrapped_call_impl)(*args, **kwargs)
-            bound = _signature(type(self).forward).bind(self, *args, **kwargs)
-            if hasattr(self, "validate_inputs"):
-                known = _signature(type(self).validate_inputs).parameters  # type: ignore[attr-defined]
-                type(self).validate_inputs(  # type: ignore[attr-defined]
-                    **{name: value for name, value in bound.arguments.items() if name in known}
-                )
-            _compile_once(self, config)
-            shapes = _dynamic_shapes(config)
-            for name, indices in dims.items():
-                if (tensor := bound.arguments.get(name)) is not None:
-                    bound.arguments[name] = _mark(name, tensor, indices, shapes)
-            with _tracing(shapes):
-                return self._wrapped_call_impl(*bound.args[1:], **bound.kwargs)
-
-        cls.__call__ = call  # type: ignore[method-assign]
+        dims = _annotated_dims(cls) if dynamic_arg_dims is None else dynamic_arg_dims
+        cls._compile_settings = _Settings(  # type: ignore[attr-defined]
+            _checked_dims(cls, "dynamic_arg_dims", dims),
+            _checked_dims(cls, "mark_unbacked_dims", mark_unbacked_dims or {}),
+            enable_if,
+            is_encoder,
+        )
+        cls.__init__ = _tagged(cls.__init__)  # type: ignore[method-assign]
+        cls.__call__ = _call  # type: ignore[method-assign]
         return cls
 
     return decorate
+
+
+def ignore_torch_compile(cls: ModuleClass) -> ModuleClass:
+    """Opt a subclass of a decorated class out: it is never compiled.
+
+    Raises:
+        TypeError: none of its bases is decorated.
+    """
+    settings = getattr(cls, "_compile_settings", None)
+    if settings is None:
+        raise TypeError(f"ignore_torch_compile: got {cls!r}, expected a subclass of a decorated class")
+    cls._compile_settings = replace(settings, enable_if=lambda config: False)  # type: ignore[attr-defined]
+    return cls
+
+
+def _checked_dims(cls: type[nn.Module], name: str, dims: Dims) -> dict[str, tuple[int, ...]]:
+    parameters = list(_signature(cls.forward).parameters)[1:]
+    if unknown := sorted(set(dims) - set(parameters)):
+        raise ValueError(
+            f"{name}: got {', '.join(unknown)}, expected arguments of {cls.__name__}.forward: {', '.join(parameters)}"
+        )
+    return {argument: (of,) if isinstance(of, int) else tuple(of) for argument, of in dims.items()}
+
+
+def _annotated_dims(cls: type[nn.Module]) -> dict[str, tuple[int, ...]]:
+    hints = typing.get_type_hints(cls.forward, include_extras=True)
+    found = {name: mark.dims for name, hint in hints.items() for mark in _marks(hint)}
+    if not found:
+        raise ValueError(
+            f"dynamic_arg_dims: got None, and no argument of {cls.__name__}.forward is annotated with DynamicDims; "
+            "expected one of the two"
+        )
+    return found
+
+
+def _marks(hint: Any) -> Iterator[DynamicDims]:
+    if typing.get_origin(hint) is Annotated:
+        yield from (mark for mark in hint.__metadata__ if isinstance(mark, DynamicDims))
+    elif typing.get_origin(hint) in (typing.Union, types.UnionType):
+        for part in typing.get_args(hint):
+            yield from _marks(part)
+
+
+def _tagged(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def tagged(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        self.__dict__.setdefault("_model_tag", claim_tag(type(self)))
+        init(self, *args, **kwargs)
+
+    return tagged
 
 
 @functools.cache
@@ -88,42 +155,100 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(function)
 
 
-def _compile_once(module: nn.Module, config: CompilationConfig) -> None:
-    # A copied module keeps its attributes but not its compiled call.
-    if module._compiled_call_impl is not None and getattr(module, "_compiled_for", None) == config:
-        return
-    backend = torch._dynamo.lookup_backend(config.backend)
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return self._wrapped_call_impl(*args, **kwargs)
+    settings, context = self._compile_settings, surroundings.context
+    config = getattr(self, "compilation_config", None) or (context and context.config) or _DEFAULT
+    compiled = not _OFF and settings.enable_if(config)
+    if not compiled and (context is None or not context.attention_metadata):
+        return self._wrapped_call_impl(*args, **kwargs)
+    bound = _signature(type(self).forward).bind(self, *args, **kwargs)
+    arguments = bound.arguments
+    if context is not None:
+        for name, tensor in context.attention_metadata.items():
+            if name in bound.signature.parameters and arguments.get(name) is None:
+                arguments[name] = tensor
+    if not compiled:
+        return self._wrapped_call_impl(*bound.args[1:], **bound.kwargs)
+    _validate(self, arguments)
+    return _run(self, settings, config, bound)
 
-    def counting_backend(graph: torch.fx.GraphModule, example_inputs: list[Any], **options: Any) -> Any:
-        compilation_counter.graphs_seen += 1
-        return backend(graph, example_inputs, **options)
 
-    compilation_counter.models_seen += 1
-    module.compile(backend=counting_backend, fullgraph=True, **_ISOLATED)
-    module._compiled_for = config  # type: ignore[assignment]
+def _validate(module: Any, arguments: Mapping[str, Any]) -> None:
+    validate = getattr(type(module), "validate_inputs", None)
+    if validate is not None:
+        known = _signature(validate).parameters
+        validate(**{name: value for name, value in arguments.items() if name in known})
+
+
+def _run(module: Any, settings: _Settings, config: CompilationConfig, bound: inspect.BoundArguments) -> Any:
+    compiled = _compiled_module(module, settings, config)
+    shapes = _dynamic_shapes(config)
+    index, arguments = None, bound.arguments
+    for name, dims in settings.dims.items():
+        if (tensor := arguments.get(name)) is not None:
+            _check_sizes(name, tensor, dims)
+            alias = _alias(tensor)
+            if index is None:
+                index = compiled.index_of(tensor.shape[dims[0]])
+                _mark(alias, dims[:1], shapes, compiled.ranges[index])
+                dims = dims[1:]
+            _mark(alias, dims, shapes)
+            arguments[name] = alias
+    for name, dims in settings.unbacked.items():
+        if (tensor := arguments.get(name)) is not None:
+            alias = arguments[name] = tensor if name in settings.dims else _alias(tensor)
+            _mark(alias, dims, shapes if torch.is_grad_enabled() else "unbacked")
+    with _tracing(shapes):
+        return compiled(index or 0, *bound.args[1:], **bound.kwargs)
+
+
+def _compiled_module(module: Any, settings: _Settings, config: CompilationConfig) -> CompiledModule:
+    # Copies and unpickled modules find None here.
+    compiled: CompiledModule | None = module.__dict__.get("_compiled_module")
+    if compiled is None or (compiled.config is not config and compiled.config != config):
+        tag = module.__dict__.get("_model_tag") or ModelTag(type(module).__qualname__, False)
+        compiled = CompiledModule(module, config, replace(tag, is_encoder=tag.is_encoder or settings.is_encoder))
+        module.__dict__["_compiled_module"] = compiled
+    return compiled
 
 
 def _dynamic_shapes(config: CompilationConfig) -> DynamicShapes:
-    if torch.is_grad_enabled() and config.backend == "eager":
-        # It differentiates a nested region through memory that it never filled.
-        raise ValueError("backend: got 'eager' with gradients, expected torch.no_grad() or the backend 'aot_eager'")
-    # torch 2.13's Inductor gives wrong gradients around a nested region with an unbacked size.
-    if config.dynamic_shapes == "unbacked" and torch.is_grad_enabled():
-        return "backed_size_oblivious"
+    if torch.is_grad_enabled():
+        if config.backend == "eager":
+            # It differentiates a nested region through memory that it never filled.
+            raise ValueError("backend: got 'eager' with gradients, expected torch.no_grad() or the backend 'aot_eager'")
+        # torch 2.13's Inductor gives wrong gradients around a nested region with an unbacked size.
+        if config.dynamic_shapes == "unbacked":
+            return "backed_size_oblivious"
     return config.dynamic_shapes
 
 
-def _mark(name: str, tensor: Tensor, dims: tuple[int, ...], shapes: DynamicShapes) -> Tensor:
+def _check_sizes(name: str, tensor: Tensor, dims: tuple[int, ...]) -> None:
     for dim in dims:
         if tensor.shape[dim] == 0:
             raise ValueError(f"{name}: got size 0 in dimension {dim} of {tuple(tensor.shape)}, expected at least 1")
-    # Marks are attributes of the tensor object: they go on an alias, not on the caller's tensor.
-    alias = tensor.view_as(tensor)
-    if shapes == "unbacked":
-        torch._dynamo.decorators.mark_unbacked(alias, dims)
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    # Marks are attributes of the tensor object: they go on an alias, not on the caller's tensor. A detached one has no
+    # base that Dynamo would trace too.
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach()
+
+
+def _mark(alias: Tensor, dims: tuple[int, ...], shapes: DynamicShapes, between: tuple[int, int] = (1, MAX_INT)) -> None:
+    if not dims:
+        return
+    low, high = between
+    if low == high:
+        torch._dynamo.mark_static(alias, dims[0])
+        return
+    mark = torch._dynamo.decorators.mark_unbacked if shapes == "unbacked" else torch._dynamo.mark_dynamic
+    if between == (1, MAX_INT):
+        mark(alias, dims)
     else:
-        torch._dynamo.mark_dynamic(alias, dims)
-    return alias
+        mark(alias, dims[0], min=low, max=None if high == MAX_INT else high)
 
 
 def _tracing(shapes: DynamicShapes) -> contextlib.AbstractContextManager[Any]:

@@ -31,7 +31,7 @@ def whole_graph(graphs: int = 1) -> Iterator[GraphReport]:
     """Decorated modules called in the block compile `graphs` graphs, with no break and no recompilation.
 
     Independent signals must agree: the graphs that the backends got, those that Dynamo counted, its graph breaks,
-    and its own `error_on_recompile` and `recompile_limit`.
+    its own `error_on_recompile` and `recompile_limit`, and the recompilations that the decorator counted.
 
     Raises:
         AssertionError: a signal differs.
@@ -40,7 +40,8 @@ def whole_graph(graphs: int = 1) -> Iterator[GraphReport]:
     from torch._dynamo.utils import counters
 
     report = GraphReport()
-    seen, unique = compilation_counter.graphs_seen, counters["stats"]["unique_graphs"]
+    seen, recompiles = compilation_counter.graphs_seen, compilation_counter.recompiles
+    unique = counters["stats"]["unique_graphs"]
     breaks = dict(counters["graph_break"])
     with torch._dynamo.config.patch(error_on_recompile=True, recompile_limit=1, suppress_errors=False):
         yield report
@@ -53,3 +54,5 @@ def whole_graph(graphs: int = 1) -> Iterator[GraphReport]:
     }
     if report != GraphReport(graphs, graphs):
         raise AssertionError(f"expected {graphs} whole graphs without a break, got {report}")
+    if compilation_counter.recompiles > recompiles:
+        raise AssertionError(f"expected no recompilation, got {compilation_counter.recompiles - recompiles}")

@@ -1,0 +1,155 @@
+"""Inductor's artefacts between processes: one checked file for each graph.
+
+Inductor's own cache directory trusts what it finds there, and its keys do not see the code of custom ops. So each
+process compiles in a directory of its own, and what arose there travels as one archive behind its checksum. A file is
+read completely before it is used and replaced as a whole, which leaves nothing for two processes, a killed writer or
+a truncated file to break.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import io
+import os
+import platform
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.fx import GraphModule
+
+from vit_encoder.compilation.config import CompilationConfig
+from vit_encoder.compilation.counter import compilation_counter
+
+_MAGIC = b"vit_encoder artefact 1\n"
+# Code that is loaded from them must stay until the process ends.
+_directories: dict[Path, tempfile.TemporaryDirectory[str]] = {}
+
+
+@contextlib.contextmanager
+def artifacts(graph: GraphModule, config: CompilationConfig, tag: str) -> Iterator[None]:
+    """Compile `graph` in the block with keys that see its ops' code, and through `config.cache_dir` if there is one."""
+    code = op_code(graph)
+    if code is None:
+        with torch._inductor.config.patch(force_disable_caches=True):
+            yield
+        return
+    if config.cache_dir is None:
+        with torch.compiler.config.patch(cache_key_tag=_hash(code)):  # type: ignore[attr-defined]
+            yield
+        return
+    text = "\n".join([code, config.as_text(), graph.print_readable(print_output=False), *_environment()])
+    key = _hash(text)
+    path = Path(config.cache_dir) / f"{tag}-{key[:32]}.artefact"
+    with torch.compiler.config.patch(cache_key_tag=key), _private_directory(path) as folder:  # type: ignore[attr-defined]
+        known = _load(path, folder)
+        yield
+        if not known:
+            _save(path, folder)
+
+
+def op_code(graph: GraphModule) -> str | None:
+    """A hash of the packages that the custom ops of a graph come from, found by the ops' namespace.
+
+    None if there is no package of that name, so that nobody can say when an op's code has changed.
+    """
+    namespaces = {
+        node.target.namespace
+        for module in graph.modules()
+        if isinstance(module, GraphModule)
+        for node in module.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+    }
+    hashes = [_package_hash(name) for name in sorted(namespaces - {"aten", "prims", "prim"})]
+    return None if None in hashes else " ".join(map(str, hashes))
+
+
+@functools.cache
+def _package_hash(name: str) -> str | None:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        return None
+    origin = Path(spec.origin)
+    files = sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations else [origin]
+    return _hash("".join(f"{file.relative_to(origin.parent)}\n{file.read_text(encoding='utf-8')}" for file in files))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _environment() -> list[str]:
+    triton = importlib.util.find_spec("triton")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    return [torch.__version__, str(triton and triton.origin), _triton_version(), platform.machine(), device]
+
+
+def _triton_version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+@contextlib.contextmanager
+def _private_directory(path: Path) -> Iterator[Path]:
+    if path not in _directories:
+        _directories[path] = tempfile.TemporaryDirectory(prefix="vit_encoder-", ignore_cleanup_errors=True)
+    folder = _directories[path].name
+    with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder):
+        yield Path(folder)
+
+
+def _load(path: Path, folder: Path) -> bool:
+    """Whether `folder` now holds what the file at `path` does."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        warnings.warn(f"cache_dir: cannot read {path.name}: {error}; compiling again", stacklevel=2)
+        return False
+    header, archive = content[: len(_MAGIC) + 32], content[len(_MAGIC) + 32 :]
+    if header != _MAGIC + hashlib.sha256(archive).digest():
+        warnings.warn(f"cache_dir: {path.name} is truncated or not an artefact; compiling again", stacklevel=2)
+        return False
+    with zipfile.ZipFile(io.BytesIO(archive)) as files:
+        files.extractall(folder)
+    compilation_counter.artifacts_loaded += 1
+    return True
+
+
+def _save(path: Path, folder: Path) -> None:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as files:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file() and file.suffix != ".lock":
+                files.write(file, file.relative_to(folder))
+    content = archive.getvalue()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, _MAGIC + hashlib.sha256(content).digest() + content)
+    except OSError as error:
+        warnings.warn(f"cache_dir: cannot write {path.name}: {error}; the next process compiles again", stacklevel=2)
+        return
+    compilation_counter.artifacts_saved += 1
+
+
+def _replace(path: Path, content: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

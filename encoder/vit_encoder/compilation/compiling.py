@@ -1,0 +1,176 @@
+"""The compiled forms of one module instance: one callable for each range of sizes, and the checks it runs behind."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._C._dynamo.guards import TensorGuards
+from torch._dynamo.utils import counters
+from torch._subclasses import fake_impls
+
+from vit_encoder.compilation.artifacts import artifacts
+from vit_encoder.compilation.config import CompilationConfig, dump
+from vit_encoder.compilation.context import ModelTag
+from vit_encoder.compilation.counter import compilation_counter
+
+# Otherwise all instances of a class share one limit of graphs (recompile_limit, 8), and one instance's graph counts as
+# another's recompilation. New in torch 2.13 or shortly before.
+_ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+)
+
+_dumps = itertools.count()
+
+
+class StaleGraphError(Exception):
+    """A parameter or buffer is no longer what its graph was made for."""
+
+
+class CompiledModule:
+    """The compiled calls of `module` under `config`; a copied or unpickled module gets a new one.
+
+    Dynamo guards each parameter separately, which takes most of a call (34 layers: 123 us of guards, 26 us without).
+    One `TensorGuards` of all of them checks the same (type, dtype, device, shape, strides, requires_grad) in a sixth of
+    the time, on the very tensors that the graph is about to read; it also sees `parameter.data = ...`, which
+    Dynamo's guards do not. The other guards stay Dynamo's.
+    """
+
+    def __init__(self, module: nn.Module, config: CompilationConfig, tag: ModelTag) -> None:
+        compilation_counter.models_seen += 1
+        self.module = module
+        self.config = config
+        self.tag = tag
+        self.ranges = config.ranges(tag.is_encoder)
+        self.calls: dict[int, Callable[..., Any]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(None), ())
+
+    def index_of(self, size: int) -> int:
+        """Which range a size falls into.
+
+        Raises:
+            ValueError: it is above all ranges of a component that is not an encoder.
+        """
+        for index, (_, high) in enumerate(self.ranges):
+            if size <= high:
+                return index
+        raise ValueError(
+            f"compile_ranges_endpoints: got size {size} for {self.tag.name!r}, which is not an encoder, expected at "
+            f"most {self.ranges[-1][1]}"
+        )
+
+    def __call__(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        if index not in self.calls:
+            self.calls[index] = self._compile()
+        try:
+            return self.calls[index](*args, **kwargs)
+        except StaleGraphError:
+            compilation_counter.recompiles += 1
+            self.calls[index] = self._compile()
+            return self.calls[index](*args, **kwargs)
+
+    def _compile(self) -> Callable[..., Any]:
+        backend = _Backend(self.config, self.tag.name)
+        options: dict[str, Any] = {"guard_filter_fn": backend.keep}
+        call = self.module._call_impl
+        return torch.compile(call, backend=backend, fullgraph=True, options=options, **_ISOLATED)
+
+
+class _Backend:
+    """Counts, caches and dumps around the real backend, and the check of the parameters."""
+
+    def __init__(self, config: CompilationConfig, tag: str) -> None:
+        self.config = config
+        self.tag = tag
+        self.graphs = 0
+        self.checked: set[str] = set()
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
+        compilation_counter.graphs_seen += 1
+        compilation_counter.recompiles += self.graphs > 0
+        self.graphs += 1
+        if self.config.debug_dump_path is not None:
+            text = f"{self.config.as_text()}\n\n{graph.print_readable(print_output=False)}"
+            dump(self.config.debug_dump_path, f"{self.tag}/graph-{next(_dumps)}.txt", text)
+        sources = [getattr(node, "_dynamo_source", None) for node in graph.graph.find_nodes(op="placeholder")]
+        names = [source.name if source is not None else "" for source in sources]
+        indices = [index for index, name in enumerate(names) if "._parameters[" in name or "._buffers[" in name]
+        self.checked.update(names[index] for index in indices)
+        return _checking(self._compile(graph, example_inputs, options), indices)
+
+    def keep(self, entries: list[Any]) -> list[bool]:
+        """Which of Dynamo's guards stay: all but those on tensors that are checked here."""
+        return [
+            entry.guard_type != "TENSOR_MATCH" or entry.orig_guard.originating_source.name not in self.checked
+            for entry in entries
+        ]
+
+    def _compile(
+        self, graph: torch.fx.GraphModule, example_inputs: list[Any], options: dict[str, Any]
+    ) -> Callable[..., Any]:
+        backend = torch._dynamo.lookup_backend(self.config.backend)
+        if self.config.backend != "inductor":
+            compilation_counter.backend_compilations += 1
+            return backend(graph, example_inputs, **options)
+        if inductor_options := self.config.options():
+            options = {"config_patches": inductor_options}
+        hits = _cache_hits()
+        with artifacts(graph, self.config, self.tag), _size_oblivious_views():
+            compiled = backend(graph, example_inputs, **options)
+        hits = _cache_hits() - hits
+        compilation_counter.cache_hits += hits
+        compilation_counter.backend_compilations += not hits
+        return compiled
+
+
+def _cache_hits() -> int:
+    return max(counters["aot_autograd"]["autograd_cache_hit"], counters["inductor"]["fxgraph_cache_hit"])
+
+
+@contextlib.contextmanager
+def _size_oblivious_views() -> Iterator[None]:
+    """Under backed_size_oblivious Inductor 2.13 still guards on a strided view's size (`65*s > 65`), which costs a
+    second graph for size 1: its `View.create` asks for the oblivious form for unbacked sizes only.
+    """
+    compute_stride = getattr(fake_impls, "_compute_stride", None)
+    if compute_stride is None or not torch.fx.experimental._config.backed_size_oblivious:
+        yield
+        return
+
+    def oblivious(old_shape: Any, old_stride: Any, new_shape: Any, size_oblivious: bool = False) -> Any:
+        return compute_stride(old_shape, old_stride, new_shape, size_oblivious=True)
+
+    with mock.patch.object(fake_impls, "_compute_stride", oblivious):
+        yield
+
+
+def _checking(compiled: Callable[..., Any], indices: list[int]) -> Callable[..., Any]:
+    """`compiled`, behind a check that the tensors at `indices` are what they were at the first call."""
+    if len(indices) < 2:
+        indices = indices * 2
+    if not indices:
+        return compiled
+    pick = operator.itemgetter(*indices)
+    check: Callable[..., bool] | None = None
+
+    def call(*args: Any) -> Any:
+        nonlocal check
+        tensors: tuple[Tensor, ...] = pick(args)
+        if check is None:
+            sizes: list[Any] = [list(x.shape) for x in tensors]
+            strides: list[Any] = [list(x.stride()) for x in tensors]
+            check = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        if not check(*tensors):
+            raise StaleGraphError
+        return compiled(*args)
+
+    return call
