@@ -13,7 +13,6 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo.guards import TensorGuards
-from torch._dynamo.utils import counters
 from torch._subclasses import fake_impls
 
 from vit_encoder.compilation.artifacts import artifacts
@@ -133,6 +132,8 @@ class _Backend:
 
 
 def _cache_hits() -> int:
+    from torch._dynamo.utils import counters  # loads triton
+
     return max(counters["aot_autograd"]["autograd_cache_hit"], counters["inductor"]["fxgraph_cache_hit"])
 
 

@@ -29,7 +29,6 @@ ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 Dims = Mapping[str, int | Sequence[int]]
 
 _OFF = compilation_is_off()
-_DEFAULT = CompilationConfig()
 
 
 @dataclass(frozen=True, init=False)
@@ -151,6 +150,12 @@ def _tagged(init: Callable[..., None]) -> Callable[..., None]:
 
 
 @functools.cache
+def _default_config() -> CompilationConfig:
+    # Not at import: checking it loads all of Dynamo.
+    return CompilationConfig()
+
+
+@functools.cache
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(function)
 
@@ -159,7 +164,7 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return self._wrapped_call_impl(*args, **kwargs)
     settings, context = self._compile_settings, surroundings.context
-    config = getattr(self, "compilation_config", None) or (context and context.config) or _DEFAULT
+    config = getattr(self, "compilation_config", None) or (context and context.config) or _default_config()
     compiled = not _OFF and settings.enable_if(config)
     if not compiled and (context is None or not context.attention_metadata):
         return self._wrapped_call_impl(*args, **kwargs)
