@@ -437,6 +437,21 @@ def test_amd_assembly_is_read() -> None:
     assert counts.total == 13
 
 
+TWO_ENTRIES = """
+        /*0000*/               @P0 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0010*/               @P1 BRA `(.L_x_2) ;
+        /*0020*/                   EXIT ;
+.L_x_2:
+        /*0030*/               @P2 BRA `(.L_x_1) ;
+        /*0040*/                   EXIT ;
+"""
+
+
+def test_a_cycle_with_two_entries_is_no_natural_loop() -> None:
+    assert natural_loops(nvidia.parse({"sass": TWO_ENTRIES})) == []
+
+
 def test_code_without_a_loop_has_no_main_loop() -> None:
     instructions = nvidia.parse({"sass": "        /*0000*/                   EXIT ;"})
     assert longest_loop(instructions) is None
