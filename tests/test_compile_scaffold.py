@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import json
 import pickle
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 import pytest
 import torch
 from torch import Tensor, nn
+from vit_encoder import Llama4VisionConfig, Llama4VisionModel
 from vit_encoder.compilation import (
     CompilationConfig,
     DynamicDims,
@@ -27,6 +29,7 @@ from vit_encoder.compilation import (
     support_torch_compile,
     whole_graph,
 )
+from vit_encoder.llama4 import initialise_
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -486,3 +489,53 @@ def test_whole_graph_sees_a_stale_graph_compiled_again() -> None:
     module.linear.weight = nn.Parameter(torch.randn(4, 3).t())
     with pytest.raises(AssertionError, match="expected no recompilation, got 1"), whole_graph(1):
         assert_right(module, rows())
+
+
+# The Llama 4 encoder in it
+
+
+def llama4(**fields: Any) -> Llama4VisionModel:
+    config = dataclasses.replace(Llama4VisionConfig.tiny(), num_hidden_layers=1)
+    compilation_config = CompilationConfig(compile_mm_encoder=True, **{"backend": "aot_eager", **fields})
+    model = Llama4VisionModel(config, compilation_config=compilation_config)
+    initialise_(model)
+    return model.eval()
+
+
+def tiles(count: int) -> Tensor:
+    return torch.rand(count, 3, 112, 112, generator=torch.Generator().manual_seed(count)) * 2 - 1
+
+
+def cu_seqlens(count: int) -> Tensor:
+    return 65 * torch.arange(count + 1, dtype=torch.int32)
+
+
+@torch.no_grad()
+def test_the_encoder_takes_cu_seqlens_from_the_context_as_one_graph() -> None:
+    model = llama4()
+    with whole_graph():
+        for count in (2, 1, 17, 5):
+            with set_forward_context(cu_seqlens=cu_seqlens(count)):
+                torch.testing.assert_close(model(tiles(count)), model.forward(tiles(count)))
+    together = torch.tensor([0, 130, 130], dtype=torch.int32)
+    with set_forward_context(cu_seqlens=together):
+        joined = model(tiles(2))
+    torch.testing.assert_close(joined, model.forward(tiles(2), together))
+    assert (joined - model.forward(tiles(2))).abs().max() > 1e-3
+
+
+def test_the_encoder_refuses_boundaries_of_another_batch() -> None:
+    model = llama4()
+    with pytest.raises(ValueError, match=r"cu_seqlens: got shape \(4,\) on cpu, expected \[tiles \+ 1 = 3\] on cpu"):
+        model(tiles(2), cu_seqlens(3))
+    with pytest.raises(TypeError, match=r"cu_seqlens: got torch\.int64, expected torch\.int32"):
+        model(tiles(2), cu_seqlens(2).long())
+
+
+@pytest.mark.parametrize("first", [1, 2])
+@torch.no_grad()
+def test_inductor_traced_size_oblivious_is_one_graph_too(first: int) -> None:
+    model = llama4(backend="inductor", dynamic_shapes="backed_size_oblivious")
+    with whole_graph():
+        for count in (first, 1, 17, 2, 33):
+            torch.testing.assert_close(model(tiles(count)), model.forward(tiles(count)), rtol=1e-4, atol=1e-5)

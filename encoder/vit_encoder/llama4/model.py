@@ -79,7 +79,7 @@ class Adapter(nn.Module):
         return F.gelu(self.fc2(F.gelu(self.fc1(x))))
 
 
-@support_torch_compile(dynamic_arg_dims={"pixel_values": 0})
+@support_torch_compile(dynamic_arg_dims={"pixel_values": 0, "cu_seqlens": 0}, is_encoder=True)
 class Llama4VisionModel(nn.Module):
     """Llama 4's vision encoder with its adapter: tiles of pixels to image features.
 
@@ -106,11 +106,13 @@ class Llama4VisionModel(nn.Module):
         self.norm_post = nn.LayerNorm(config.hidden_size)
         self.adapter = Adapter(config)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Encode tiles.
 
         Args:
             pixel_values: [tiles, num_channels, image_size, image_size], normalised, in the dtype of the weights.
+            cu_seqlens: int32 [tiles + 1], the boundaries of the sequences within which tokens attend to each other,
+                on the device of the pixels. Each tile's own tokens when neither this nor the forward context has them.
 
         Returns:
             [tiles, output_tokens_per_tile, vision_output_dim], 144 tokens a tile for Llama 4.
@@ -120,14 +122,15 @@ class Llama4VisionModel(nn.Module):
             ValueError: another rank, device or size, or no tile at all.
         """
         if not torch.compiler.is_compiling():
-            self.validate_inputs(pixel_values)
+            self.validate_inputs(pixel_values, cu_seqlens)
         config = self.config
         tokens = config.tokens_per_tile
         x = rearrange(pixel_values, "n c (h p) (w q) -> n (h w) (c p q)", p=config.patch_size, q=config.patch_size)
         x = self.patch_embed(x)  # [tiles, 576, hidden]
         x = torch.cat([x, self.class_embedding.expand(x.shape[0], 1, -1)], dim=1)  # [tiles, 577, hidden]
         x = self.norm_pre(x + self.position_embedding)  # [tiles, 577, hidden]
-        cu_seqlens = tokens * torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device)  # [tiles + 1]
+        if cu_seqlens is None:
+            cu_seqlens = tokens * torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device)  # [tiles + 1]
         x = x.flatten(0, 1)  # [tiles * 577, hidden]
         for layer in self.layers:
             x = layer(x, cu_seqlens, self.rotary.cos, self.rotary.sin)  # [tiles * 577, hidden]
@@ -165,7 +168,7 @@ class Llama4VisionModel(nn.Module):
         model.load_state_dict(tensors, assign=True)
         return model.to(model.class_embedding.device).eval()
 
-    def validate_inputs(self, pixel_values: Tensor) -> None:
+    def validate_inputs(self, pixel_values: Tensor, cu_seqlens: Tensor | None = None) -> None:
         """Raise what forward's docstring says, outside of any compiled graph."""
         config, weight = self.config, self.patch_embed.weight
         expected = (config.num_channels, config.image_size, config.image_size)
@@ -179,6 +182,15 @@ class Llama4VisionModel(nn.Module):
             raise TypeError(f"pixel_values: got {pixel_values.dtype}, expected {weight.dtype} as the weights have")
         if pixel_values.device != weight.device:
             raise ValueError(f"pixel_values: got device {pixel_values.device}, expected {weight.device}")
+        if cu_seqlens is None:
+            return
+        if cu_seqlens.dtype != torch.int32:
+            raise TypeError(f"cu_seqlens: got {cu_seqlens.dtype}, expected torch.int32")
+        if cu_seqlens.shape != (len(pixel_values) + 1,) or cu_seqlens.device != weight.device:
+            raise ValueError(
+                f"cu_seqlens: got shape {tuple(cu_seqlens.shape)} on {cu_seqlens.device}, expected "
+                f"[tiles + 1 = {len(pixel_values) + 1}] on {weight.device}"
+            )
 
 
 class Llama4MultiModalProjector(nn.Module):
