@@ -16,12 +16,13 @@ from vit_kernels.testing import (
     NanPadded,
     assert_close_to_reference,
     corrected_interpreter,
+    nan_filled_empty,
     nan_padded,
     seeded_tensor,
 )
 from vit_kernels.testing.strategies import dtypes, packed_qkv, seeds, strided_tensors
 
-from tests.support import EVERY_FORM_AND_DTYPE, IMPLEMENTATIONS, assert_same_bits, dtypes_of, launched_on, run
+from tests.support import EVERY_FORM_AND_DTYPE, FORMS, IMPLEMENTATIONS, assert_same_bits, dtypes_of, launched_on, run
 
 Pair = tuple[Tensor, Tensor]
 
@@ -270,23 +271,54 @@ def test_q_and_k_may_be_separate_graph_inputs_of_unknown_sizes(form: str) -> Non
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("form", IMPLEMENTATIONS)
+@pytest.mark.parametrize("form", FORMS)
 @given(data=st.data(), interleaved=st.booleans())
 def test_the_backward_of_the_op_is_autograds(form: str, data: st.DataObject, interleaved: bool) -> None:
     q, k, cos, sin, _ = data.draw(cases(data.draw(dtypes())))
     inputs = [x.detach().requires_grad_() for x in (q, k)]
-    grads = tuple(seeded_tensor(x.shape, x.dtype, data.draw(seeds())) for x in inputs)
+    padded = [data.draw(strided_tensors(x.shape, x.dtype)) for x in inputs]
+    grads = [x.tensor for x in padded]
 
     def op(*inputs: Tensor) -> Pair:
-        out: Pair = torch.ops.vit_kernels.rotary_2d.default(*inputs, cos, sin, interleaved, form)
-        actual = torch.autograd.grad(out, inputs, grads)
-        return actual[0], actual[1]
+        out: Pair = torch.ops.vit_kernels.rotary_2d.default(*inputs, cos, sin, interleaved, form.split()[-1])
+        return out
 
-    pytorch = torch.autograd.grad([pytorch_rotation(x, cos, sin, interleaved) for x in inputs], inputs, grads)
+    with corrected_interpreter(), nan_filled_empty():
+        actual = torch.autograd.grad(run(form, op, *inputs), inputs, grads)
+    # torch.complex's backward wants gradients of even strides.
+    dense = [grad.clone(memory_format=torch.contiguous_format) for grad in grads]
+    pytorch = torch.autograd.grad([pytorch_rotation(x, cos, sin, interleaved) for x in inputs], inputs, dense)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     rotated = [pytorch_rotation(x, cos, sin, interleaved) for x in exact]
     expected = torch.autograd.grad(rotated, exact, [grad.double() for grad in grads])
-    assert_close_to_reference(flat(run(form, op, *inputs)), flat(expected), flat(pytorch))
+    assert_close_to_reference(flat(actual), flat(expected), flat(pytorch))
+    for storage in padded:
+        storage.assert_padding_untouched()
+
+
+def test_the_backward_is_a_kernel_that_reads_the_gradients_and_tables_where_they_lie() -> None:
+    q, k, _ = seeded_tensor((6, 5, 16), torch.bfloat16, 0).split([2, 1, 2], dim=1)
+    cos, sin = tables(seeded_tensor((3, 8), torch.float64, 1))
+    inputs = [x.detach().requires_grad_() for x in (q, k)]
+    with corrected_interpreter(), force_impl("triton"):
+        out = rotary_2d(inputs[0], inputs[1], cos, sin)
+    with corrected_interpreter() as counts:
+        pointers = launched_on(lambda: torch.autograd.grad(out, inputs, (q, k)))
+    assert {x.data_ptr() for x in (q, k, cos, sin)} <= pointers
+    assert len(pointers) == 6, "and two gradients that it writes"
+    assert counts.bytes_stored == q.numel() * 2 + k.numel() * 2
+    assert counts.bytes_loaded == counts.bytes_stored + 6 * 2 * 8 * 4
+
+
+@pytest.mark.parametrize("form", IMPLEMENTATIONS)
+def test_gradients_may_be_expanded_numbers(form: str) -> None:
+    inputs = [seeded_tensor((6, heads, 16), torch.float32, heads).requires_grad_() for heads in (2, 1)]
+    cos, sin = tables(seeded_tensor((3, 8), torch.float64, 0))
+    with corrected_interpreter(), force_impl(form):
+        q, k = rotary_2d(inputs[0], inputs[1], cos, sin)
+        actual = torch.autograd.grad(q.sum() + 2 * k.sum(), inputs)
+    turned_back = rotary_2d(torch.ones(6, 2, 16), torch.full((6, 1, 16), 2.0), cos, -sin)
+    torch.testing.assert_close(actual, turned_back)
 
 
 @given(data=st.data(), interleaved=st.booleans())
@@ -297,14 +329,17 @@ def test_gradcheck(data: st.DataObject, interleaved: bool) -> None:
     # The op too, whose backward is ours; its body runs the same PyTorch operators.
     op = torch.ops.vit_kernels.rotary_2d.default
     assert torch.autograd.gradcheck(lambda q, k: op(q, k, cos, sin, interleaved, "eager"), (q, k))
+    assert torch.autograd.gradgradcheck(lambda q, k: op(q, k, cos, sin, interleaved, "eager"), (q, k))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_opcheck(impl: str, interleaved: bool, requires_grad: bool) -> None:
+@pytest.mark.parametrize("name", ["rotary_2d", "rotary_2d_backward"])
+def test_opcheck(name: str, impl: str, interleaved: bool, requires_grad: bool) -> None:
     qkv = seeded_tensor((6, 5, 16), torch.float32, 0)
     q, k = (x.detach().requires_grad_(requires_grad) for x in qkv.split([2, 1, 2], dim=1)[:2])
     cos, sin = tables(seeded_tensor((3, 8), torch.float64, 0))
+    op = getattr(torch.ops.vit_kernels, name).default
     with corrected_interpreter():
-        torch.library.opcheck(torch.ops.vit_kernels.rotary_2d.default, (q, k, cos, sin, interleaved, impl))
+        torch.library.opcheck(op, (q, k, cos, sin, interleaved, impl))

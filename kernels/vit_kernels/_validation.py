@@ -46,6 +46,29 @@ def check_same_device(name: str, x: torch.Tensor, other_name: str, other: torch.
         raise ValueError(f"{name}: got device {x.device}, expected {other.device} as {other_name} has")
 
 
+def check_separate_memory(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """What is written to `x` changes neither `other` nor another element of `x`; a compiler sees to that itself."""
+    if torch.compiler.is_compiling():
+        return
+    if x.untyped_storage()._cdata == other.untyped_storage()._cdata:
+        first, last = _extent(x)
+        other_first, other_last = _extent(other)
+        if first <= other_last and other_first <= last:
+            raise ValueError(f"{name}: shares memory with {other_name}, expected a tensor of its own")
+    room = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if stride < room:
+            raise ValueError(f"{name}: got strides {x.stride()}, expected elements that do not overlap")
+        room = stride * size
+
+
+def _extent(x: torch.Tensor) -> tuple[int, int]:
+    """The first and last element of its storage that a tensor reaches."""
+    first = x.storage_offset()
+    steps = [(size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return first, first + sum(steps) if x.numel() else first - 1
+
+
 def check_sizes(condition: bool | torch.SymBool, expected: str, **sizes: int | torch.SymInt) -> None:
     """Sizes that may be symbolic satisfy `condition`.
 

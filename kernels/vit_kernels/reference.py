@@ -1,5 +1,7 @@
 """Slow fp64 oracles, written from the definitions and sharing no code with the ops."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,21 @@ def rotary_2d_reference(
     return rotate(q), rotate(k)
 
 
+def rotary_2d_qkv_reference(
+    qkv: Tensor, cos: Tensor, sin: Tensor, *, kv_heads: int, interleaved: bool = True
+) -> Tensor:
+    """The first heads of a packed qkv rotated as `rotary_2d_reference` does, the last kv_heads as they are.
+
+    Args:
+        qkv: [tokens, heads + 2 * kv_heads, head_dim].
+
+    Returns:
+        A new tensor of that shape, as float64.
+    """
+    q, k, v = qkv.split([qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    return torch.cat([*rotary_2d_reference(q, k, cos, sin, interleaved=interleaved), v.double()], dim=1)
+
+
 def varlen_attention_reference(
     q: Tensor,
     k: Tensor,
@@ -88,3 +105,34 @@ def varlen_attention_reference(
             scores = q[queries, head].double() @ k[keys, head // group].double().T * scale
             out[queries, head] = torch.softmax(scores, dim=-1) @ v[keys, head // group].double()
     return out
+
+
+def varlen_attention_lse_reference(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """log(sum(exp(q k^T * scale))) over the keys of each sequence, in fp64; -inf for a query without keys.
+
+    Source: Dao, FlashAttention-2 (arXiv 2307.08691), section 3.1: L, the log-sum-exp of a row.
+
+    Args:
+        q, k, cu_seqlens, cu_seqlens_k, scale: as for `varlen_attention_reference`.
+
+    Returns:
+        [heads, total_tokens] as float64.
+    """
+    lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float64, device=q.device)
+    boundaries = [cu.tolist() for cu in (cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k)]
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    for (start, stop), (start_k, stop_k) in zip(*map(itertools.pairwise, boundaries), strict=True):
+        for head in range(q.shape[1]):
+            keys = k[start_k:stop_k, head * k.shape[1] // q.shape[1]].double()
+            for token in range(start, stop):
+                scores = (keys * q[token, head].double()).sum(-1) * factor
+                largest = scores.max() if len(scores) else torch.tensor(0.0)
+                lse[head, token] = (scores - largest).exp().sum().log() + largest
+    return lse

@@ -1,11 +1,12 @@
 """2D rotary embedding of queries and keys from given cos/sin tables."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vit_kernels import _dispatch, _validation
+from vit_kernels import _dispatch, _rotary_tables, _validation
 
 
 def rotary_2d(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = True) -> tuple[Tensor, Tensor]:
@@ -53,6 +54,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return out.flatten(0, 1).to(x.dtype)
 
 
+def eager_backward(
+    grad_q: Tensor, grad_k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """A rotation's transpose turns back."""
+    return eager(grad_q, grad_k, cos, -sin, interleaved)
+
+
 def fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """Shapes, dtypes and strides of the outputs."""
     return q.new_empty(q.shape), k.new_empty(k.shape)
@@ -64,6 +72,14 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -
     return launch(q, k, cos, sin, interleaved)
 
 
+def _launch_backward(
+    grad_q: Tensor, grad_k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    from vit_kernels._triton.rotary_2d import launch
+
+    return launch(grad_q, grad_k, cos, sin, interleaved, inverse=True)
+
+
 def _validate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: str) -> None:
     for name, x in (("q", q), ("k", k)):
         _validation.check_tensor(name, x, 3, "[tokens, heads, head_dim]")
@@ -73,25 +89,7 @@ def _validate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: str) -> None
     _validation.check_sizes(k.shape[0] == q.shape[0], "k: expected as many tokens as q has", k=k.shape[0], q=q.shape[0])
     if k.shape[2] != q.shape[2]:
         raise ValueError(f"k: got head_dim {k.shape[2]}, expected {q.shape[2]} as q has")
-    if q.shape[2] < 2 or q.shape[2] % 2:
-        raise ValueError(f"q: got head_dim {q.shape[2]}, expected a positive even number")
-    for name, table in (("cos", cos), ("sin", sin)):
-        _validation.check_tensor(name, table, 2, "[positions, head_dim // 2]")
-        _validation.check_same_device(name, table, "q", q)
-        if table.dtype != torch.float32:
-            raise TypeError(f"{name}: got {table.dtype}, expected torch.float32")
-        if not table.is_contiguous():
-            raise ValueError(f"{name}: got strides {table.stride()}, expected a contiguous tensor")
-        if table.shape[0] < 1 or table.shape[1] != q.shape[2] // 2 or table.shape != cos.shape:
-            raise ValueError(
-                f"{name}: got shape {tuple(table.shape)}, expected [positions, head_dim // 2 = {q.shape[2] // 2}]"
-            )
-    _validation.check_sizes(
-        q.shape[0] % cos.shape[0] == 0,
-        "q: expected a multiple of the positions of cos and sin as tokens",
-        tokens=q.shape[0],
-        positions=cos.shape[0],
-    )
+    _rotary_tables.check_tables("q", q, cos, sin)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -99,11 +97,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(cos, sin)
 
 
-def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
-    cos, sin = ctx.saved_tensors
-    turn_back = torch.ops.vit_kernels.rotary_2d.default
-    grads = turn_back(grad_q.contiguous(), grad_k.contiguous(), cos, -sin, ctx.interleaved, ctx.impl)
-    return *grads, None, None, None, None
+def _backward_through(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward that calls the op `name` on the gradients."""
+
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        # The kernel reads the last dimension as one run; autograd's gradients may be expanded.
+        grads = [grad for grad in (grad_q, grad_k)]
+        op = getattr(torch.ops.vit_kernels, name).default
+        return *op(*grads, *ctx.saved_tensors, ctx.interleaved, ctx.impl), None, None, None, None
+
+    return backward
 
 
 _dispatch.define(
@@ -111,5 +114,13 @@ _dispatch.define(
     fake=fake,
     bodies={"eager": eager, "triton": _launch},
     setup_context=_setup_context,
-    backward=_backward,
+    backward=_backward_through("rotary_2d_backward"),
+)
+_dispatch.define(
+    "rotary_2d_backward(Tensor grad_q, Tensor grad_k, Tensor cos, Tensor sin, bool interleaved, str? impl)"
+    " -> (Tensor, Tensor)",
+    fake=fake,
+    bodies={"eager": eager_backward, "triton": _launch_backward},
+    setup_context=_setup_context,
+    backward=_backward_through("rotary_2d"),
 )

@@ -1,4 +1,4 @@
-"""Triton kernel and launcher of rotary_2d."""
+"""Triton kernel and launchers of rotary_2d, its backward and rotary_2d_qkv_."""
 
 import torch
 import triton
@@ -10,34 +10,38 @@ def _rotate_heads(
     x_ptr,
     out_ptr,
     stride_token,
+    stride_out_token,
     tokens,
     t,
     cos,
     sin,
-    head,
     STRIDE_HEAD: tl.constexpr,
+    STRIDE_OUT_HEAD: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HEADS_PER_PROGRAM: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
 ):
-    """Rotate HEADS_PER_PROGRAM heads, from `head` on, of the tokens t; cos, sin [BLOCK_T, BLOCK_HALF]."""
+    """Rotate all heads of the tokens t; cos, sin [BLOCK_T, 1, BLOCK_HALF]."""
     HALF: tl.constexpr = HEAD_DIM // 2
-    for h in range(head, tl.minimum(head + HEADS_PER_PROGRAM, HEADS)):
-        source = x_ptr + t.to(tl.int64)[:, None] * stride_token + tl.cast(h, tl.int64) * STRIDE_HEAD
-        target = out_ptr + t.to(tl.int64)[:, None] * (HEADS * HEAD_DIM) + h * HEAD_DIM
+    t = t.to(tl.int64)[:, None, None]
+    for first_head in tl.static_range(0, HEADS, BLOCK_H):
+        h = first_head + tl.arange(0, BLOCK_H)[None, :, None]
+        mask = (t < tokens) & (h < HEADS)
+        source = x_ptr + t * stride_token + h.to(tl.int64) * STRIDE_HEAD
+        target = out_ptr + t * stride_out_token + h.to(tl.int64) * STRIDE_OUT_HEAD
         if INTERLEAVED:
-            d = tl.arange(0, 2 * BLOCK_HALF)[None, :]
-            mask = (t < tokens)[:, None] & (d < HEAD_DIM)
+            d = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
+            mask &= d < HEAD_DIM
             x = tl.load(source + d, mask=mask, other=0.0).to(tl.float32)
-            a, b = tl.split(tl.reshape(x, (x.shape[0], BLOCK_HALF, 2)))
+            a, b = tl.split(tl.reshape(x, (x.shape[0], BLOCK_H, BLOCK_HALF, 2)))
             rotated = tl.join(a * cos - b * sin, a * sin + b * cos)
-            out = tl.reshape(rotated, (x.shape[0], 2 * BLOCK_HALF))
+            out = tl.reshape(rotated, (x.shape[0], BLOCK_H, 2 * BLOCK_HALF))
             tl.store(target + d, out.to(out_ptr.dtype.element_ty), mask=mask)
         else:
-            d = tl.arange(0, BLOCK_HALF)[None, :]
-            mask = (t < tokens)[:, None] & (d < HALF)
+            d = tl.arange(0, BLOCK_HALF)[None, None, :]
+            mask &= d < HALF
             a = tl.load(source + d, mask=mask, other=0.0).to(tl.float32)
             b = tl.load(source + HALF + d, mask=mask, other=0.0).to(tl.float32)
             tl.store(target + d, (a * cos - b * sin).to(out_ptr.dtype.element_ty), mask=mask)
@@ -54,53 +58,76 @@ def rotary_2d_kernel(
     k_out_ptr,
     stride_q,
     stride_k,
+    stride_q_out,
+    stride_k_out,
     tokens,
     positions,
     STRIDE_QH: tl.constexpr,
     STRIDE_KH: tl.constexpr,
+    STRIDE_Q_OUT_H: tl.constexpr,
+    STRIDE_K_OUT_H: tl.constexpr,
     Q_HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    INVERSE: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_QH: tl.constexpr,
+    BLOCK_KH: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
-    HEADS_PER_PROGRAM: tl.constexpr,
 ):
-    """One program rotates HEADS_PER_PROGRAM heads, of q or of k, for BLOCK_T tokens with one read of the tables."""
+    """One program rotates all heads of BLOCK_T tokens with one read of the tables; the outputs may be the inputs."""
     HALF: tl.constexpr = HEAD_DIM // 2
-    Q_GROUPS: tl.constexpr = (Q_HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    group = tl.program_id(1)
-    j = tl.arange(0, BLOCK_HALF)
-    row = (t % positions)[:, None] * HALF + j[None, :]
-    mask = (t < tokens)[:, None] & (j < HALF)[None, :]
+    j = tl.arange(0, BLOCK_HALF)[None, None, :]
+    row = (t % positions)[:, None, None] * HALF + j
+    mask = (t < tokens)[:, None, None] & (j < HALF)
     cos = tl.load(cos_ptr + row, mask=mask, other=0.0)
     sin = tl.load(sin_ptr + row, mask=mask, other=0.0)
-    if group < Q_GROUPS:
-        head = group * HEADS_PER_PROGRAM
-        _rotate_heads(
-            q_ptr, q_out_ptr, stride_q, tokens, t, cos, sin, head,
-            STRIDE_QH, Q_HEADS, HEAD_DIM, HEADS_PER_PROGRAM, BLOCK_HALF, INTERLEAVED,
-        )  # fmt: skip
-    else:
-        head = (group - Q_GROUPS) * HEADS_PER_PROGRAM
-        _rotate_heads(
-            k_ptr, k_out_ptr, stride_k, tokens, t, cos, sin, head,
-            STRIDE_KH, K_HEADS, HEAD_DIM, HEADS_PER_PROGRAM, BLOCK_HALF, INTERLEAVED,
-        )  # fmt: skip
+    if INVERSE:
+        sin = -sin
+    _rotate_heads(
+        q_ptr, q_out_ptr, stride_q, stride_q_out, tokens, t, cos, sin,
+        STRIDE_QH, STRIDE_Q_OUT_H, Q_HEADS, HEAD_DIM, INTERLEAVED, BLOCK_QH, BLOCK_HALF,
+    )  # fmt: skip
+    _rotate_heads(
+        k_ptr, k_out_ptr, stride_k, stride_k_out, tokens, t, cos, sin,
+        STRIDE_KH, STRIDE_K_OUT_H, K_HEADS, HEAD_DIM, INTERLEAVED, BLOCK_KH, BLOCK_HALF,
+    )  # fmt: skip
 
 
 def launch(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, inverse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k [tokens, heads, head_dim], cos, sin [positions, head_dim // 2] -> rotated q, k on the current stream."""
+    """q, k [tokens, heads, head_dim], cos, sin [positions, head_dim // 2] -> q, k turned, or turned back."""
+    out = q.new_empty(q.shape), k.new_empty(k.shape)
+    _launch(q, k, *out, cos, sin, interleaved, inverse)
+    return out
+
+
+def launch_in_place(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> None:
+    """Turn q and k, as in `launch`, where they lie."""
+    _launch(q, k, q, k, cos, sin, interleaved, inverse=False)
+
+
+def _launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool,
+    inverse: bool,
+) -> None:
     tokens, q_heads, head_dim = q.shape
     k_heads = k.shape[1]
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    block_tokens, heads_per_program = 16, 4
+    block_half = triton.next_power_of_2(head_dim // 2)
+    block_q_heads, block_k_heads = (min(16, triton.next_power_of_2(heads)) for heads in (q_heads, k_heads))
+    # One token of 16 heads of 88 is 16 bytes a lane and load for four warps, and the tables stay in registers.
+    block_tokens = min(16, triton.cdiv(2048, max(block_q_heads, block_k_heads) * 2 * block_half))
     if tokens:
-        groups = triton.cdiv(q_heads, heads_per_program) + triton.cdiv(k_heads, heads_per_program)
-        rotary_2d_kernel[(triton.cdiv(tokens, block_tokens), groups)](
+        rotary_2d_kernel[(triton.cdiv(tokens, block_tokens),)](
             q,
             k,
             cos,
@@ -109,16 +136,21 @@ def launch(
             k_out,
             q.stride(0),
             k.stride(0),
+            q_out.stride(0),
+            k_out.stride(0),
             tokens,
             cos.shape[0],
             STRIDE_QH=q.stride(1),
             STRIDE_KH=k.stride(1),
+            STRIDE_Q_OUT_H=q_out.stride(1),
+            STRIDE_K_OUT_H=k_out.stride(1),
             Q_HEADS=q_heads,
             K_HEADS=k_heads,
             HEAD_DIM=head_dim,
             INTERLEAVED=interleaved,
+            INVERSE=inverse,
             BLOCK_T=block_tokens,
-            BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-            HEADS_PER_PROGRAM=heads_per_program,
+            BLOCK_QH=block_q_heads,
+            BLOCK_KH=block_k_heads,
+            BLOCK_HALF=block_half,
         )
-    return q_out, k_out
