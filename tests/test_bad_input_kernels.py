@@ -139,8 +139,6 @@ VARLEN_ATTENTION: dict[str, Mistake] = {
     "scale inf": ({"scale": float("inf")}, ValueError, "scale: got inf, expected a positive finite number"),
     "scale of text": ({"scale": "1"}, TypeError, "scale: got str, expected a number"),
     "scale of a tensor": ({"scale": torch.tensor(1.0)}, TypeError, "scale: got Tensor, expected a number"),
-    "return_lse": ({"return_lse": True}, NotImplementedError, "return_lse, out: these names are reserved"),
-    "out": ({"out": torch.empty(12, 4, 16)}, NotImplementedError, "return_lse, out: these names are reserved"),
     "number of boundaries": (
         {"cu_seqlens_k": int32(0, 12)},
         ValueError,

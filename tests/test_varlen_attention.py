@@ -462,69 +462,6 @@ def test_the_scale_may_be_an_input_of_the_graph(form: str) -> None:
             assert_right(compiled(*case[:4], scale=scale), case, scale)
 
 
-def gradients(case: Case, grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Of q, k, v, by autograd through SDPA."""
-    inputs = [x.detach().to(dtype).requires_grad_() for x in case[:3]]
-    q, k, v = (x.transpose(0, 1) for x in inputs)
-    outs, grads = [], []
-    for rows, rows_k in zip(case.rows(), case.rows_k(), strict=True):
-        if rows.start < rows.stop and rows_k.start < rows_k.stop:
-            sequence = (q[None, :, rows], k[None, :, rows_k], v[None, :, rows_k])
-            outs.append(F.scaled_dot_product_attention(*sequence, enable_gqa=True)[0].transpose(0, 1))
-            grads.append(grad[rows].to(dtype))
-    return list(torch.autograd.grad(outs, inputs, grads))
-
-
-@given(data=st.data(), dtype=st.sampled_from([torch.float16, torch.bfloat16]))
-def test_gradients_match_those_through_sdpa(data: st.DataObject, dtype: torch.dtype) -> None:
-    case = data.draw(cases(dtype, max_total=50))
-    q, k, v = inputs = [x.detach().requires_grad_() for x in case[:3]]
-    grad = seeded_tensor(q.shape, dtype, data.draw(seeds()))
-    with nan_filled_empty():
-        out = varlen_attention(q, k, v, case.cu_seqlens, cu_seqlens_k=case.cu_seqlens_k)
-        actual = torch.autograd.grad(out, inputs, grad)
-    for x, expected, pytorch in zip(
-        actual, gradients(case, grad, torch.float64), gradients(case, grad, dtype), strict=True
-    ):
-        assert_close_to_reference(x, expected, pytorch)
-
-
-@given(
-    lengths=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=3),
-    heads=grouped_heads,
-    tails=st.tuples(st.integers(0, 2), st.integers(0, 2)),
-    cross=st.booleans(),
-    seed=seeds(),
-)
-def test_gradcheck(
-    lengths: list[tuple[int, int]], heads: tuple[int, int], tails: tuple[int, int], cross: bool, seed: int
-) -> None:
-    cu_seqlens, cu_seqlens_k = (boundaries(column) for column in zip(*lengths, strict=True))
-    tokens, tokens_k = (int(cu[-1]) + tail for cu, tail in zip((cu_seqlens, cu_seqlens_k), tails, strict=True))
-    shapes = [(tokens, heads[0], 16), *[(tokens_k if cross else tokens, heads[1], 16)] * 2]
-    inputs = [seeded_tensor(shape, torch.float64, seed + i).requires_grad_() for i, shape in enumerate(shapes)]
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return varlen_attention(q, k, v, cu_seqlens, cu_seqlens_k=cu_seqlens_k if cross else None)
-
-    assert torch.autograd.gradcheck(attention, inputs, fast_mode=True)
-
-
-def test_the_kernel_has_no_backward_and_says_so() -> None:
-    case = self_attention([3], 1, 1, 16, torch.float32, 0)
-    out = run("triton", varlen_attention, case.q.requires_grad_(), *case[1:4])
-    with pytest.raises(ValueError, match="varlen_attention_backward has no 'triton' implementation, expected eager"):
-        out.sum().backward()
-
-
-def test_there_is_no_second_derivative_and_the_error_says_so() -> None:
-    q, k, v, cu_seqlens = self_attention([3], 1, 1, 16, torch.float64, 0)[:4]
-    out = varlen_attention(q.requires_grad_(), k, v, cu_seqlens)
-    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="varlen_attention: got a second derivative"):
-        grad.sum().backward()
-
-
 OPCHECK_CASES = [(False, 1, False), (True, 2, False), (True, 2, True)]
 
 
@@ -540,14 +477,6 @@ def opcheck_inputs(cross: bool, group: int) -> tuple[list[Tensor], Tensor, Tenso
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_opcheck(impl: str, cross: bool, group: int, requires_grad: bool) -> None:
     inputs, *cu_seqlens = opcheck_inputs(cross, group)
-    # The kernel has no backward.
-    inputs = [x.detach().requires_grad_(requires_grad and impl == "eager") for x in inputs]
+    inputs = [x.detach().requires_grad_(requires_grad) for x in inputs]
     with corrected_interpreter():
         torch.library.opcheck(torch.ops.vit_kernels.varlen_attention.default, (*inputs, *cu_seqlens, 0.25, impl))
-
-
-@pytest.mark.parametrize(("cross", "group"), [(False, 1), (True, 2)])
-def test_opcheck_of_the_backward(cross: bool, group: int) -> None:
-    inputs, *cu_seqlens = opcheck_inputs(cross, group)
-    arguments = (inputs[0] + 1, *inputs, *cu_seqlens, 0.25, "eager")
-    torch.library.opcheck(torch.ops.vit_kernels.varlen_attention_backward.default, arguments)

@@ -1,5 +1,6 @@
 """Triton kernels for vision transformers, registered as custom ops `torch.ops.vit_kernels.*`."""
 
+import vit_kernels.varlen_attention_backward  # noqa: F401  (registers the op)
 from vit_kernels._dispatch import force_impl
 from vit_kernels.pixel_shuffle import pixel_shuffle
 from vit_kernels.rotary_2d import rotary_2d

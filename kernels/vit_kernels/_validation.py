@@ -62,7 +62,7 @@ def check_separate_memory(name: str, x: torch.Tensor, other_name: str, other: to
         room = stride * size
 
 
-def _extent(x: torch.Tensor) -> tuple[int, int]:
+def _extent(x: torch.Tensor) -> tuple[int | torch.SymInt, int | torch.SymInt]:
     """The first and last element of its storage that a tensor reaches."""
     first = x.storage_offset()
     steps = [(size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)]

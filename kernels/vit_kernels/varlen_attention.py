@@ -1,16 +1,41 @@
 """Attention within each of several packed sequences of different lengths."""
 
-import itertools
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vit_kernels import _dispatch, _flash_attn, _validation
+from vit_kernels import _dispatch, _flash_attn, _sequences, _validation
 
 
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen: int | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    out: Tensor | None = None,
+) -> Tensor: ...
+@overload
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen: int | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -22,15 +47,16 @@ def varlen_attention(
     scale: float | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Non-causal softmax(q k^T * scale) v within each sequence of a packed batch.
 
     Sequence s owns the query rows cu_seqlens[s] to cu_seqlens[s + 1] and the same rows of k and v, or those that
     cu_seqlens_k names. Sequences may be empty; a query without keys, or outside every sequence, gives zeros. This
-    is one registered op on every device; nothing is read from the device on the host.
+    is one registered op on every device; nothing is read from the device on the host. A sequence's outputs are the
+    same bits in every run and in every batch. q, k and v may require gradients, which are deterministic too.
 
-    Source: Vaswani et al. (arXiv 1706.03762), equation 1; Dao, FlashAttention-2 (arXiv 2307.08691), algorithm 1;
-    the packed layout is that of flash-attn's `flash_attn_varlen_func`.
+    Source: Vaswani et al. (arXiv 1706.03762), equation 1; Dao, FlashAttention-2 (arXiv 2307.08691), algorithms 1
+    and 2; the packed layout is that of flash-attn's `flash_attn_varlen_func`.
 
     Args:
         q: [total_tokens, heads, head_dim], float32, float16, bfloat16 (eager: float64 too). Any strides with a
@@ -41,29 +67,47 @@ def varlen_attention(
         cu_seqlens_k: int32 [sequences + 1], the boundaries in k and v where they differ.
         max_seqlen: a hint for callers that have it; no implementation needs it.
         scale: positive; head_dim**-0.5 when None.
-        return_lse, out: reserved.
+        return_lse: also return the natural logarithm of the softmax's denominator.
+        out: [total_tokens, heads, head_dim], dtype and device of q, last dimension contiguous, not overlapping q, k
+            or v: written instead of a new tensor, and returned. Not where gradients are needed.
 
     Returns:
-        [total_tokens, heads, head_dim], contiguous, dtype of q.
+        [total_tokens, heads, head_dim], contiguous unless it is `out`, dtype of q. With return_lse also the
+        log-sum-exp [heads, total_tokens], float32 (float64 for float64 inputs), -inf for a query without keys.
 
     Raises:
         TypeError: a dtype that the implementation does not take, or that differs between q, k and v; a scale that is
             no number.
-        ValueError: shapes, strides, devices, scale or boundaries that do not fit.
-        NotImplementedError: return_lse or out is given; or, later, the gradient is differentiated.
+        ValueError: shapes, strides, devices, scale or boundaries that do not fit; `out` under gradients.
+        NotImplementedError: the gradient is differentiated.
     """
-    if return_lse or out is not None:
-        raise NotImplementedError("return_lse, out: these names are reserved, expected the defaults False and None")
-    impl = _dispatch.choose("varlen_attention", q, tuple(BODIES))
+    needs_lse = return_lse or (out is None and _needs_gradients(q, k, v))
+    impl = _dispatch.choose("varlen_attention", q, tuple(BODIES_WITH_LSE if needs_lse else BODIES))
     _validate(q, k, v, cu_seqlens, cu_seqlens_k, scale, impl)
     scale = q.shape[2] ** -0.5 if scale is None else scale
+    if out is not None:
+        _dispatch.refuse_gradients("varlen_attention", q=q, k=k, v=v, out=out)
+        _validate_out(out, q, k, v)
+        lse = _empty_lse(q) if return_lse else None
+        torch.ops.vit_kernels.varlen_attention_out.default(q, k, v, cu_seqlens, cu_seqlens_k, scale, out, lse, impl)
+        return (out, lse) if lse is not None else out
+    if needs_lse:
+        out, lse = torch.ops.vit_kernels.varlen_attention_with_lse.default(
+            q, k, v, cu_seqlens, cu_seqlens_k, scale, impl
+        )
+        return (out, lse) if return_lse else out
     return torch.ops.vit_kernels.varlen_attention.default(q, k, v, cu_seqlens, cu_seqlens_k, scale, impl)
+
+
+def _needs_gradients(*inputs: Tensor) -> bool:
+    # What is no tensor, the checks refuse by name.
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float) -> Tensor:
     """The PyTorch body: one SDPA call a sequence. It reads the boundaries on the host."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    for rows, rows_k in _sequences(q, k, cu_seqlens, cu_seqlens_k):
+    for rows, rows_k in _sequences.rows(q, k, cu_seqlens, cu_seqlens_k):
         out[rows] = _attend(q[rows], k[rows_k], v[rows_k], scale)
     return out
 
@@ -75,42 +119,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out[0].transpose(0, 1)
 
 
-def _sequences(q: Tensor, k: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None) -> list[tuple[slice, slice]]:
-    """Rows of q and of k of every sequence that has both."""
-    bounds = _validation.check_cu_seqlens_contents("cu_seqlens", cu_seqlens, q.shape[0])
-    bounds_k = bounds
-    if cu_seqlens_k is not None:
-        bounds_k = _validation.check_cu_seqlens_contents("cu_seqlens_k", cu_seqlens_k, k.shape[0])
-    rows = [slice(*pair) for pair in itertools.pairwise(bounds)]
-    rows_k = [slice(*pair) for pair in itertools.pairwise(bounds_k)]
-    return [(r, r_k) for r, r_k in zip(rows, rows_k, strict=True) if r.start < r.stop and r_k.start < r_k.stop]
-
-
-def eager_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, recomputing the probabilities one sequence at a time.
-
-    Written out, since a kernel cannot differentiate: it may run below autograd.
-    """
-    grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for rows, rows_k in _sequences(q, k, cu_seqlens, cu_seqlens_k):
-        sequence = _attend_backward(grad[rows], q[rows], k[rows_k], v[rows_k], scale)
-        grad_q[rows], grad_k[rows_k], grad_v[rows_k] = sequence
-    return grad_q, grad_k, grad_v
-
-
-def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    compute_dtype = torch.promote_types(q.dtype, torch.float32)
+def eager_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The PyTorch body, and the log-sum-exps by a second product: SDPA keeps its own."""
+    lse = _empty_lse(q).fill_(-math.inf)
     group = q.shape[1] // k.shape[1]
-    grad, q, k, v = (x.transpose(0, 1).to(compute_dtype) for x in (grad, q, k, v))  # [heads, tokens, head_dim]
-    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-    p = torch.softmax(q @ k.mT * scale, dim=-1)
-    grad_p = grad @ v.mT
-    grad_scores = p * (grad_p - (p * grad_p).sum(-1, keepdim=True)) * scale
-    grad_k = (grad_scores.mT @ q).unflatten(0, (-1, group)).sum(1)
-    grad_v = (p.mT @ grad).unflatten(0, (-1, group)).sum(1)
-    return (grad_scores @ k).transpose(0, 1), grad_k.transpose(0, 1), grad_v.transpose(0, 1)
+    for rows, rows_k in _sequences.rows(q, k, cu_seqlens, cu_seqlens_k):
+        queries, keys = (x.transpose(0, 1).to(lse.dtype) for x in (q[rows], k[rows_k]))
+        lse[:, rows] = (queries @ keys.repeat_interleave(group, 0).mT * scale).logsumexp(-1)
+    return eager(q, k, v, cu_seqlens, cu_seqlens_k, scale), lse
+
+
+def _empty_lse(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def fake(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float) -> Tensor:
@@ -118,11 +140,60 @@ def fake(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tens
     return q.new_empty(q.shape)
 
 
+def fake_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Shapes, dtypes and strides of the outputs."""
+    return q.new_empty(q.shape), _empty_lse(q)
+
+
 def _launch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float) -> Tensor:
+    out = q.new_empty(q.shape)
+    _launch_out(q, k, v, cu_seqlens, cu_seqlens_k, scale, out, None)
+    return out
+
+
+def _launch_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = fake_with_lse(q, k, v, cu_seqlens, cu_seqlens_k, scale)
+    _launch_out(q, k, v, cu_seqlens, cu_seqlens_k, scale, out, lse)
+    return out, lse
+
+
+def _launch_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
     from vit_kernels._triton.varlen_attention import launch
 
     _validation.check_cu_seqlens_where_possible(cu_seqlens, cu_seqlens_k, q, k)
-    return launch(q, k, v, cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, scale)
+    rows_of_keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    launch(q, k, v, cu_seqlens, rows_of_keys, scale, out=out, lse=lse)
+
+
+def _eager_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    if lse is None:
+        out.copy_(eager(q, k, v, cu_seqlens, cu_seqlens_k, scale))
+    else:
+        new_out, new_lse = eager_with_lse(q, k, v, cu_seqlens, cu_seqlens_k, scale)
+        out.copy_(new_out)
+        lse.copy_(new_lse)
 
 
 def _validate(
@@ -175,30 +246,54 @@ def _validate_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
     )
 
 
+def _validate_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    _validation.check_tensor("out", out, 3, "[total_tokens, heads, head_dim]")
+    _validation.check_like("out", out, "q", q)
+    _validation.check_last_dim_contiguous("out", out)
+    if out.shape[1:] != q.shape[1:]:
+        raise ValueError(f"out: got shape {tuple(out.shape)}, expected that of q {tuple(q.shape)}")
+    _validation.check_sizes(
+        out.shape[0] == q.shape[0], "out: expected as many tokens as q has", out=out.shape[0], q=q.shape[0]
+    )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _validation.check_separate_memory("out", out, name, x)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, v, cu_seqlens, cu_seqlens_k, ctx.scale, ctx.impl = inputs
     ctx.save_for_backward(q, k, v, cu_seqlens, cu_seqlens_k)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.vit_kernels.varlen_attention_backward.default(grad, *ctx.saved_tensors, ctx.scale, ctx.impl)
+    q, k, v, *boundaries = ctx.saved_tensors
+    options = (*boundaries, ctx.scale, ctx.impl)
+    saved = torch.ops.vit_kernels.varlen_attention_with_lse.default(q, k, v, *options)
+    grads = torch.ops.vit_kernels.varlen_attention_backward.default(grad.contiguous(), None, q, k, v, *saved, *options)
     return *grads, None, None, None, None
 
 
-def _backward_of_the_backward(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("varlen_attention: got a second derivative to compute, expected at most the first")
+def _setup_context_with_lse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, cu_seqlens_k, ctx.scale, ctx.impl = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_seqlens_k)
 
 
-def fake_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes, dtypes and strides of the gradients."""
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _backward_with_lse(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    out = ctx.saved_tensors[3]
+    grads = torch.ops.vit_kernels.varlen_attention_backward.default(
+        torch.zeros_like(out) if grad is None else grad.contiguous(),
+        None if grad_lse is None else grad_lse.contiguous(),
+        *ctx.saved_tensors,
+        ctx.scale,
+        ctx.impl,
+    )
+    return *grads, None, None, None, None
 
 
 BODIES = {"eager": eager, "triton": _launch}
 if _flash_attn.INSTALLED:
     BODIES["flash_attn"] = _flash_attn.varlen_attention
+BODIES_WITH_LSE = {"eager": eager_with_lse, "triton": _launch_with_lse}
 
 _dispatch.define(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k, float scale, str? impl)"
@@ -209,9 +304,15 @@ _dispatch.define(
     backward=_backward,
 )
 _dispatch.define(
-    "varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k,"
-    " float scale, str? impl) -> (Tensor, Tensor, Tensor)",
-    fake=fake_backward,
-    bodies={"eager": eager_backward},
-    backward=_backward_of_the_backward,
+    "varlen_attention_with_lse(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k, float scale,"
+    " str? impl) -> (Tensor, Tensor)",
+    fake=fake_with_lse,
+    bodies=BODIES_WITH_LSE,
+    setup_context=_setup_context_with_lse,
+    backward=_backward_with_lse,
+)
+_dispatch.define(
+    "varlen_attention_out(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k, float scale,"
+    " Tensor(a!) out, Tensor(b!)? lse, str? impl) -> ()",
+    bodies={"eager": _eager_out, "triton": _launch_out},
 )

@@ -4,33 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
+from vit_kernels._triton.configurations import Configuration, preferred
+from vit_kernels._triton.sequences import bounds, find_sequence
+
 LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _find_sequence(cu_seqlens_ptr, sequences, program, BLOCK_M: tl.constexpr, SEARCH: tl.constexpr):
-    """The last sequence whose first program, cu_seqlens[s] // BLOCK_M + s, is not after `program`.
-
-    Sequence s needs at most as many programs as lie before the first one of s + 1. The rows beyond the last
-    sequence count as one more sequence.
-    """
-    found = 0
-    for first in range(0, sequences + 1, SEARCH):
-        s = first + tl.arange(0, SEARCH)
-        start = tl.load(cu_seqlens_ptr + s, mask=s <= sequences, other=0)
-        found += tl.sum(((s <= sequences) & (start // BLOCK_M + s <= program)).to(tl.int32))
-    return found - 1
-
-
-@triton.jit
-def _bounds(cu_seqlens_ptr, s, sequences, end_if_beyond, tokens):
-    """Start and length of sequence s, inside the tokens whatever cu_seqlens holds."""
-    start = tl.load(cu_seqlens_ptr + s)
-    end = tl.load(cu_seqlens_ptr + s + 1, mask=s < sequences, other=0)
-    end = tl.where(s < sequences, end, end_if_beyond)
-    start = tl.minimum(tl.maximum(start, 0), tokens)
-    end = tl.minimum(tl.maximum(end, start), tokens)
-    return start, end - start
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -108,6 +86,7 @@ def _attend_queries(
     k_ptr,
     v_ptr,
     out_ptr,
+    lse_ptr,
     stride_q,
     stride_k,
     stride_v,
@@ -125,7 +104,9 @@ def _attend_queries(
     INT64_OFFSETS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """Outputs of BLOCK_M queries from first_query on; the pointers stand at the sequence and the head.
+    """Outputs, and log-sum-exps where lse_ptr is given, of BLOCK_M queries from first_query on.
+
+    The pointers stand at the sequence and the head.
 
     head_dim is two blocks, BLOCK_D0 full columns and BLOCK_D1 masked ones, instead of one block padded to a power
     of two. Keys go BLOCK_N at a time without a mask, the rest BLOCK_TAIL at a time with one.
@@ -164,6 +145,8 @@ def _attend_queries(
     if BLOCK_D1 > 0:
         out_1 = (acc_1 / normaliser).to(out_ptr.dtype.element_ty)
         tl.store(out_rows + d_1, out_1, mask=in_sequence & (d_1 < HEAD_DIM))
+    if lse_ptr is not None:
+        tl.store(lse_ptr + m, (row_max + tl.log2(row_sum)) * LN_2, mask=m < queries)
 
 
 @triton.jit
@@ -172,6 +155,7 @@ def varlen_attention_kernel(
     k_ptr,
     v_ptr,
     out_ptr,
+    lse_ptr,
     cu_seqlens_ptr,
     cu_seqlens_k_ptr,
     stride_q,
@@ -184,12 +168,14 @@ def varlen_attention_kernel(
     STRIDE_QH: tl.constexpr,
     STRIDE_KH: tl.constexpr,
     STRIDE_VH: tl.constexpr,
-    HEADS: tl.constexpr,
+    STRIDE_OUT: tl.constexpr,
+    STRIDE_OUTH: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_LAST: tl.constexpr,
+    BLOCK_N_LAST: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
     BLOCK_D0: tl.constexpr,
     BLOCK_D1: tl.constexpr,
@@ -204,12 +190,12 @@ def varlen_attention_kernel(
     """
     program = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    s = _find_sequence(cu_seqlens_ptr, sequences, program, BLOCK_M, SEARCH)
+    s = find_sequence(cu_seqlens_ptr, sequences, program, BLOCK_M, SEARCH)
     if s < 0:
         return
     first_program = tl.load(cu_seqlens_ptr + s) // BLOCK_M + s
-    start, queries = _bounds(cu_seqlens_ptr, s, sequences, total_tokens, total_tokens)
-    start_k, keys = _bounds(cu_seqlens_k_ptr, s, sequences, 0, total_tokens_k)
+    start, queries = bounds(cu_seqlens_ptr, s, sequences, total_tokens, total_tokens)
+    start_k, keys = bounds(cu_seqlens_k_ptr, s, sequences, 0, total_tokens_k)
     first_query = (program - first_program) * BLOCK_M
     if (first_query < 0) | (first_query >= queries):
         return
@@ -217,48 +203,21 @@ def varlen_attention_kernel(
     q_ptr += start.to(tl.int64) * stride_q + head * STRIDE_QH
     k_ptr += start_k.to(tl.int64) * stride_k + head // GROUP * STRIDE_KH
     v_ptr += start_k.to(tl.int64) * stride_v + head // GROUP * STRIDE_VH
-    out_ptr += start.to(tl.int64) * (HEADS * HEAD_DIM) + head * HEAD_DIM
+    out_ptr += start.to(tl.int64) * STRIDE_OUT + head * STRIDE_OUTH
+    if lse_ptr is not None:
+        lse_ptr += head * total_tokens + start
     if BLOCK_LAST < BLOCK_M and queries - first_query <= BLOCK_LAST:
         _attend_queries(
-            q_ptr, k_ptr, v_ptr, out_ptr, stride_q, stride_k, stride_v, first_query, queries, keys, scale_log2,
-            HEADS * HEAD_DIM, HEAD_DIM, BLOCK_LAST, BLOCK_N, BLOCK_TAIL, BLOCK_D0, BLOCK_D1,
+            q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, stride_q, stride_k, stride_v, first_query, queries, keys, scale_log2,
+            STRIDE_OUT, HEAD_DIM, BLOCK_LAST, BLOCK_N_LAST, BLOCK_TAIL, BLOCK_D0, BLOCK_D1,
             INT64_OFFSETS, INPUT_PRECISION,
         )  # fmt: skip
     else:
         _attend_queries(
-            q_ptr, k_ptr, v_ptr, out_ptr, stride_q, stride_k, stride_v, first_query, queries, keys, scale_log2,
-            HEADS * HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_TAIL, BLOCK_D0, BLOCK_D1,
+            q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, stride_q, stride_k, stride_v, first_query, queries, keys, scale_log2,
+            STRIDE_OUT, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_TAIL, BLOCK_D0, BLOCK_D1,
             INT64_OFFSETS, INPUT_PRECISION,
         )  # fmt: skip
-
-
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """Two block widths that cover head_dim: the largest power of two in it, and one (at least 16) for the rest."""
-    block_0 = 1 << (head_dim.bit_length() - 1)
-    rest = head_dim - block_0
-    return block_0, max(16, triton.next_power_of_2(rest)) if rest else 0
-
-
-def _backend() -> str:
-    return (
-        "interpreter" if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().backend
-    )
-
-
-def _configuration(head_dim: int, dtype: torch.dtype, backend: str) -> dict[str, int | str]:
-    """Blocks and options that compile without spills (float32: nearly) and fit every target's shared memory."""
-    block_0, block_1 = split_head_dim(head_dim)
-    configuration: dict[str, int | str] = {"BLOCK_D0": block_0, "BLOCK_D1": block_1, "BLOCK_TAIL": 16, "num_warps": 4}
-    if dtype == torch.float32:
-        # On NVIDIA's tensor cores as three products of tf32, never one; AMD's multiply float32 as it is.
-        configuration |= {"BLOCK_M": 32, "BLOCK_N": 32 if head_dim <= 128 else 16, "BLOCK_LAST": 32, "num_stages": 2}
-        return configuration | {"INPUT_PRECISION": "tf32x3" if backend == "cuda" else "ieee"}
-    # The second program for the last rows costs a resident block of three where the columns end in a block of 16
-    # (NVIDIA), and registers on AMD, whose 64 KiB of shared memory hold two stages.
-    last = 64 if block_1 == 16 or backend == "hip" else 16
-    configuration |= {"BLOCK_M": 64, "BLOCK_N": 64 if head_dim <= 128 else 32, "BLOCK_LAST": last}
-    stages = 2 if head_dim > 128 or backend == "hip" else 3
-    return configuration | {"num_stages": stages, "INPUT_PRECISION": "ieee"}
 
 
 def launch(
@@ -268,12 +227,21 @@ def launch(
     cu_seqlens: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
     scale: float,
+    *,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    configuration: Configuration | None = None,
 ) -> torch.Tensor:
-    """q [total_tokens, heads, head_dim], k, v [total_tokens_k, kv_heads, head_dim] -> as q, on the current stream."""
+    """q [total_tokens, heads, head_dim], k, v [total_tokens_k, kv_heads, head_dim] -> as q, on the current stream.
+
+    Written to `out` where it is given; the log-sum-exps to `lse`, float32 [heads, total_tokens], where that is.
+    """
     total_tokens, heads, head_dim = q.shape
     sequences = cu_seqlens.shape[0] - 1
-    out = q.new_empty(q.shape)
-    configuration = _configuration(head_dim, q.dtype, _backend())
+    if out is None:
+        out = q.new_empty(q.shape)
+    if configuration is None:
+        configuration = preferred("varlen_attention", head_dim, q.dtype)
     if total_tokens:
         programs = triton.cdiv(total_tokens, configuration["BLOCK_M"]) + sequences
         varlen_attention_kernel[(programs, heads)](
@@ -281,6 +249,7 @@ def launch(
             k,
             v,
             out,
+            lse,
             cu_seqlens,
             cu_seqlens_k,
             q.stride(0),
@@ -293,7 +262,8 @@ def launch(
             STRIDE_QH=q.stride(1),
             STRIDE_KH=k.stride(1),
             STRIDE_VH=v.stride(1),
-            HEADS=heads,
+            STRIDE_OUT=out.stride(0),
+            STRIDE_OUTH=out.stride(1),
             GROUP=heads // k.shape[1],
             HEAD_DIM=head_dim,
             SEARCH=128,

@@ -1,0 +1,379 @@
+"""Triton kernels and launcher of varlen_attention's gradients."""
+
+import torch
+import triton
+import triton.language as tl
+
+from vit_kernels._triton.configurations import Configuration, preferred
+from vit_kernels._triton.sequences import bounds, find_sequence
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _load(rows, in_sequence, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """WIDTH columns, from FIRST on, of the rows [BLOCK, 1]: 0 beyond the head and, masked, beyond the sequence."""
+    d = FIRST + tl.arange(0, WIDTH)[None, :]
+    if MASK_ROWS:
+        x = tl.load(rows + d, mask=in_sequence & (d < HEAD_DIM), other=0.0)
+    elif FIRST + WIDTH > HEAD_DIM:
+        x = tl.load(rows + d, mask=d < HEAD_DIM, other=0.0)
+    else:
+        x = tl.load(rows + d)
+    return x
+
+
+@triton.jit
+def _store(rows, x, in_sequence, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """What _load reads, written."""
+    d = FIRST + tl.arange(0, WIDTH)[None, :]
+    tl.store(rows + d, x.to(rows.dtype.element_ty), mask=in_sequence & (d < HEAD_DIM))
+
+
+@triton.jit
+def _grad_q_of_keys(
+    q_0,
+    q_1,
+    grad_0,
+    grad_1,
+    lse_log2,
+    delta,
+    acc_0,
+    acc_1,
+    k_ptr,
+    v_ptr,
+    stride_k,
+    stride_v,
+    first_key,
+    keys,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D0: tl.constexpr,
+    BLOCK_D1: tl.constexpr,
+    MASK_KEYS: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Add to q's gradient what BLOCK_N keys from first_key on contribute."""
+    n = first_key + tl.arange(0, BLOCK_N)
+    in_sequence = n < keys
+    if INT64_OFFSETS:
+        n = n.to(tl.int64)
+    k_rows = k_ptr + n[:, None] * stride_k
+    v_rows = v_ptr + n[:, None] * stride_v
+    k_0 = _load(k_rows, in_sequence[:, None], 0, BLOCK_D0, HEAD_DIM, MASK_KEYS)
+    v_0 = _load(v_rows, in_sequence[:, None], 0, BLOCK_D0, HEAD_DIM, MASK_KEYS)
+    scores = tl.dot(q_0, tl.trans(k_0), input_precision=INPUT_PRECISION)
+    grad_p = tl.dot(grad_0, tl.trans(v_0), input_precision=INPUT_PRECISION)
+    if BLOCK_D1 > 0:
+        k_1 = _load(k_rows, in_sequence[:, None], BLOCK_D0, BLOCK_D1, HEAD_DIM, MASK_KEYS)
+        v_1 = _load(v_rows, in_sequence[:, None], BLOCK_D0, BLOCK_D1, HEAD_DIM, MASK_KEYS)
+        scores = tl.dot(q_1, tl.trans(k_1), scores, input_precision=INPUT_PRECISION)
+        grad_p = tl.dot(grad_1, tl.trans(v_1), grad_p, input_precision=INPUT_PRECISION)
+    p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
+    if MASK_KEYS:
+        p = tl.where(in_sequence[None, :], p, 0.0)
+    grad_scores = (p * (grad_p - delta[:, None])).to(k_ptr.dtype.element_ty)
+    acc_0 = tl.dot(grad_scores, k_0, acc_0, input_precision=INPUT_PRECISION)
+    if BLOCK_D1 > 0:
+        acc_1 = tl.dot(grad_scores, k_1, acc_1, input_precision=INPUT_PRECISION)
+    return acc_0, acc_1
+
+
+@triton.jit
+def grad_q_kernel(
+    grad_ptr,
+    grad_lse_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    grad_q_ptr,
+    delta_ptr,
+    cu_seqlens_ptr,
+    cu_seqlens_k_ptr,
+    stride_q,
+    stride_k,
+    stride_v,
+    total_tokens,
+    total_tokens_k,
+    sequences,
+    scale,
+    scale_log2,
+    STRIDE_QH: tl.constexpr,
+    STRIDE_KH: tl.constexpr,
+    STRIDE_VH: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+    BLOCK_D0: tl.constexpr,
+    BLOCK_D1: tl.constexpr,
+    SEARCH: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One program: the gradient of BLOCK_M queries of one head, and their delta for the other kernel.
+
+    delta = sum(grad * out) - grad_lse is what the softmax's gradient subtracts from each row. grad, out and grad_q
+    are contiguous, lse and delta [heads, total_tokens].
+    """
+    program = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    s = find_sequence(cu_seqlens_ptr, sequences, program, BLOCK_M, SEARCH)
+    if s < 0:
+        return
+    first_query = (program - (tl.load(cu_seqlens_ptr + s) // BLOCK_M + s)) * BLOCK_M
+    start, queries = bounds(cu_seqlens_ptr, s, sequences, total_tokens, total_tokens)
+    start_k, keys = bounds(cu_seqlens_k_ptr, s, sequences, 0, total_tokens_k)
+    if (first_query < 0) | (first_query >= queries):
+        return
+
+    m = first_query + tl.arange(0, BLOCK_M)
+    in_sequence = (m < queries)[:, None]
+    t = (start + m).to(tl.int64)
+    q_rows = q_ptr + head * STRIDE_QH + t[:, None] * stride_q
+    row = t[:, None] * (HEADS * HEAD_DIM) + head * HEAD_DIM
+    q_0 = _load(q_rows, in_sequence, 0, BLOCK_D0, HEAD_DIM, True)
+    grad_0 = _load(grad_ptr + row, in_sequence, 0, BLOCK_D0, HEAD_DIM, True)
+    out_0 = _load(out_ptr + row, in_sequence, 0, BLOCK_D0, HEAD_DIM, True)
+    delta = tl.sum(out_0.to(tl.float32) * grad_0.to(tl.float32), 1)
+    acc_0 = tl.zeros((BLOCK_M, BLOCK_D0), tl.float32)
+    q_1, grad_1, acc_1 = q_0, grad_0, acc_0
+    if BLOCK_D1 > 0:
+        q_1 = _load(q_rows, in_sequence, BLOCK_D0, BLOCK_D1, HEAD_DIM, True)
+        grad_1 = _load(grad_ptr + row, in_sequence, BLOCK_D0, BLOCK_D1, HEAD_DIM, True)
+        out_1 = _load(out_ptr + row, in_sequence, BLOCK_D0, BLOCK_D1, HEAD_DIM, True)
+        delta += tl.sum(out_1.to(tl.float32) * grad_1.to(tl.float32), 1)
+        acc_1 = tl.zeros((BLOCK_M, BLOCK_D1), tl.float32)
+    head_rows = head * total_tokens + t
+    if grad_lse_ptr is not None:
+        delta -= tl.load(grad_lse_ptr + head_rows, mask=m < queries, other=0.0)
+    tl.store(delta_ptr + head_rows, delta, mask=m < queries)
+    lse_log2 = tl.load(lse_ptr + head_rows, mask=m < queries, other=0.0) * LOG2_E
+
+    k_ptr += start_k.to(tl.int64) * stride_k + head // GROUP * STRIDE_KH
+    v_ptr += start_k.to(tl.int64) * stride_v + head // GROUP * STRIDE_VH
+    full = keys // BLOCK_N * BLOCK_N
+    for first_key in range(0, full, BLOCK_N):
+        acc_0, acc_1 = _grad_q_of_keys(
+            q_0, q_1, grad_0, grad_1, lse_log2, delta, acc_0, acc_1, k_ptr, v_ptr, stride_k, stride_v, first_key, keys,
+            scale_log2, HEAD_DIM, BLOCK_N, BLOCK_D0, BLOCK_D1, False, INT64_OFFSETS, INPUT_PRECISION,
+        )  # fmt: skip
+    for first_key in range(full, keys, BLOCK_TAIL):
+        acc_0, acc_1 = _grad_q_of_keys(
+            q_0, q_1, grad_0, grad_1, lse_log2, delta, acc_0, acc_1, k_ptr, v_ptr, stride_k, stride_v, first_key, keys,
+            scale_log2, HEAD_DIM, BLOCK_TAIL, BLOCK_D0, BLOCK_D1, True, INT64_OFFSETS, INPUT_PRECISION,
+        )  # fmt: skip
+    _store(grad_q_ptr + row, acc_0 * scale, in_sequence, 0, BLOCK_D0, HEAD_DIM)
+    if BLOCK_D1 > 0:
+        _store(grad_q_ptr + row, acc_1 * scale, in_sequence, BLOCK_D0, BLOCK_D1, HEAD_DIM)
+
+
+@triton.jit
+def _grad_kv_of_queries(
+    k_0,
+    k_1,
+    v_0,
+    v_1,
+    grad_k_0,
+    grad_k_1,
+    grad_v_0,
+    grad_v_1,
+    q_ptr,
+    grad_ptr,
+    lse_ptr,
+    delta_ptr,
+    stride_q,
+    first_query,
+    queries,
+    scale_log2,
+    STRIDE_GRAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D0: tl.constexpr,
+    BLOCK_D1: tl.constexpr,
+    MASK_QUERIES: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Add to the gradients of k and v what BLOCK_M queries from first_query on contribute."""
+    m = first_query + tl.arange(0, BLOCK_M)
+    in_sequence = m < queries
+    if MASK_QUERIES:
+        # A query past the end belongs to the next sequence: its probabilities are exp2(-inf).
+        lse = tl.load(lse_ptr + m, mask=in_sequence, other=float("inf"))
+        delta = tl.load(delta_ptr + m, mask=in_sequence, other=0.0)
+    else:
+        lse = tl.load(lse_ptr + m)
+        delta = tl.load(delta_ptr + m)
+    if INT64_OFFSETS:
+        m = m.to(tl.int64)
+    q_rows = q_ptr + m[:, None] * stride_q
+    grad_rows = grad_ptr + m[:, None] * STRIDE_GRAD
+    q_0 = _load(q_rows, in_sequence[:, None], 0, BLOCK_D0, HEAD_DIM, MASK_QUERIES)
+    grad_0 = _load(grad_rows, in_sequence[:, None], 0, BLOCK_D0, HEAD_DIM, MASK_QUERIES)
+    scores = tl.dot(k_0, tl.trans(q_0), input_precision=INPUT_PRECISION)
+    if BLOCK_D1 > 0:
+        q_1 = _load(q_rows, in_sequence[:, None], BLOCK_D0, BLOCK_D1, HEAD_DIM, MASK_QUERIES)
+        scores = tl.dot(k_1, tl.trans(q_1), scores, input_precision=INPUT_PRECISION)
+    p = tl.exp2(scores * scale_log2 - (lse * LOG2_E)[None, :])  # [keys, queries]
+    rounded = p.to(q_ptr.dtype.element_ty)
+    grad_v_0 = tl.dot(rounded, grad_0, grad_v_0, input_precision=INPUT_PRECISION)
+    grad_p = tl.dot(v_0, tl.trans(grad_0), input_precision=INPUT_PRECISION)
+    if BLOCK_D1 > 0:
+        grad_1 = _load(grad_rows, in_sequence[:, None], BLOCK_D0, BLOCK_D1, HEAD_DIM, MASK_QUERIES)
+        grad_v_1 = tl.dot(rounded, grad_1, grad_v_1, input_precision=INPUT_PRECISION)
+        grad_p = tl.dot(v_1, tl.trans(grad_1), grad_p, input_precision=INPUT_PRECISION)
+    grad_scores = (p * (grad_p - delta[None, :])).to(q_ptr.dtype.element_ty)
+    grad_k_0 = tl.dot(grad_scores, q_0, grad_k_0, input_precision=INPUT_PRECISION)
+    if BLOCK_D1 > 0:
+        grad_k_1 = tl.dot(grad_scores, q_1, grad_k_1, input_precision=INPUT_PRECISION)
+    return grad_k_0, grad_k_1, grad_v_0, grad_v_1
+
+
+@triton.jit
+def grad_kv_kernel(
+    grad_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lse_ptr,
+    delta_ptr,
+    grad_k_ptr,
+    grad_v_ptr,
+    cu_seqlens_ptr,
+    cu_seqlens_k_ptr,
+    stride_q,
+    stride_k,
+    stride_v,
+    total_tokens,
+    total_tokens_k,
+    sequences,
+    scale,
+    scale_log2,
+    STRIDE_QH: tl.constexpr,
+    STRIDE_KH: tl.constexpr,
+    STRIDE_VH: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+    BLOCK_D0: tl.constexpr,
+    BLOCK_D1: tl.constexpr,
+    SEARCH: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One program: the gradients of BLOCK_N keys and values of one head, all its query heads added in order."""
+    program = tl.program_id(0)
+    kv_head = tl.program_id(1).to(tl.int64)
+    s = find_sequence(cu_seqlens_k_ptr, sequences, program, BLOCK_N, SEARCH)
+    if s < 0:
+        return
+    first_key = (program - (tl.load(cu_seqlens_k_ptr + s) // BLOCK_N + s)) * BLOCK_N
+    start_k, keys = bounds(cu_seqlens_k_ptr, s, sequences, total_tokens_k, total_tokens_k)
+    start, queries = bounds(cu_seqlens_ptr, s, sequences, 0, total_tokens)
+    if (first_key < 0) | (first_key >= keys):
+        return
+
+    n = first_key + tl.arange(0, BLOCK_N)
+    in_sequence = (n < keys)[:, None]
+    t = (start_k + n).to(tl.int64)[:, None]
+    k_rows = k_ptr + kv_head * STRIDE_KH + t * stride_k
+    v_rows = v_ptr + kv_head * STRIDE_VH + t * stride_v
+    k_0 = _load(k_rows, in_sequence, 0, BLOCK_D0, HEAD_DIM, True)
+    v_0 = _load(v_rows, in_sequence, 0, BLOCK_D0, HEAD_DIM, True)
+    grad_k_0 = tl.zeros((BLOCK_N, BLOCK_D0), tl.float32)
+    grad_v_0 = tl.zeros((BLOCK_N, BLOCK_D0), tl.float32)
+    k_1, v_1, grad_k_1, grad_v_1 = k_0, v_0, grad_k_0, grad_v_0
+    if BLOCK_D1 > 0:
+        k_1 = _load(k_rows, in_sequence, BLOCK_D0, BLOCK_D1, HEAD_DIM, True)
+        v_1 = _load(v_rows, in_sequence, BLOCK_D0, BLOCK_D1, HEAD_DIM, True)
+        grad_k_1 = tl.zeros((BLOCK_N, BLOCK_D1), tl.float32)
+        grad_v_1 = tl.zeros((BLOCK_N, BLOCK_D1), tl.float32)
+
+    full = queries // BLOCK_M * BLOCK_M
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        q_head = q_ptr + head * STRIDE_QH + start.to(tl.int64) * stride_q
+        grad_head = grad_ptr + (start.to(tl.int64) * (GROUP * KV_HEADS) + head) * HEAD_DIM
+        lse_head = lse_ptr + head * total_tokens + start
+        delta_head = delta_ptr + head * total_tokens + start
+        for first_query in range(0, full, BLOCK_M):
+            grad_k_0, grad_k_1, grad_v_0, grad_v_1 = _grad_kv_of_queries(
+                k_0, k_1, v_0, v_1, grad_k_0, grad_k_1, grad_v_0, grad_v_1, q_head, grad_head, lse_head, delta_head,
+                stride_q, first_query, queries, scale_log2, GROUP * KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_M,
+                BLOCK_D0, BLOCK_D1, False, INT64_OFFSETS, INPUT_PRECISION,
+            )  # fmt: skip
+        for first_query in range(full, queries, BLOCK_TAIL):
+            grad_k_0, grad_k_1, grad_v_0, grad_v_1 = _grad_kv_of_queries(
+                k_0, k_1, v_0, v_1, grad_k_0, grad_k_1, grad_v_0, grad_v_1, q_head, grad_head, lse_head, delta_head,
+                stride_q, first_query, queries, scale_log2, GROUP * KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_TAIL,
+                BLOCK_D0, BLOCK_D1, True, INT64_OFFSETS, INPUT_PRECISION,
+            )  # fmt: skip
+    row = t * (KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM
+    _store(grad_k_ptr + row, grad_k_0 * scale, in_sequence, 0, BLOCK_D0, HEAD_DIM)
+    _store(grad_v_ptr + row, grad_v_0, in_sequence, 0, BLOCK_D0, HEAD_DIM)
+    if BLOCK_D1 > 0:
+        _store(grad_k_ptr + row, grad_k_1 * scale, in_sequence, BLOCK_D0, BLOCK_D1, HEAD_DIM)
+        _store(grad_v_ptr + row, grad_v_1, in_sequence, BLOCK_D0, BLOCK_D1, HEAD_DIM)
+
+
+def launch(
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    scale: float,
+    *,
+    configurations: tuple[Configuration, Configuration] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v, contiguous, on the current stream; grad and out are contiguous, lse [heads, tokens].
+
+    No sum depends on the order in which programs run. `configurations` are those of the two kernels.
+    """
+    total_tokens, heads, head_dim = q.shape
+    total_tokens_k, kv_heads, _ = k.shape
+    sequences = cu_seqlens.shape[0] - 1
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    delta = torch.empty_like(lse)
+    if configurations is None:
+        configurations = preferred("grad_q", head_dim, q.dtype), preferred("grad_kv", head_dim, q.dtype)
+    for_q, for_kv = configurations
+    strides = q.stride(0), k.stride(0), v.stride(0)
+    sizes = total_tokens, total_tokens_k, sequences, scale, scale * LOG2_E.value
+    constants = {
+        "STRIDE_QH": q.stride(1),
+        "STRIDE_KH": k.stride(1),
+        "STRIDE_VH": v.stride(1),
+        "GROUP": heads // kv_heads,
+        "HEAD_DIM": head_dim,
+        "SEARCH": 128,
+    }
+    if total_tokens:
+        programs = triton.cdiv(total_tokens, for_q["BLOCK_M"]) + sequences
+        grad_q_kernel[(programs, heads)](
+            grad, grad_lse, q, k, v, out, lse, grads[0], delta, cu_seqlens, cu_seqlens_k,
+            *strides, *sizes, **constants, **for_q,
+            HEADS=heads, INT64_OFFSETS=total_tokens_k * max(k.stride(0), v.stride(0)) >= 2**31,
+        )  # fmt: skip
+    if total_tokens_k:
+        programs = triton.cdiv(total_tokens_k, for_kv["BLOCK_N"]) + sequences
+        grad_kv_kernel[(programs, kv_heads)](
+            grad, q, k, v, lse, delta, *grads[1:], cu_seqlens, cu_seqlens_k,
+            *strides, *sizes, **constants, **for_kv,
+            KV_HEADS=kv_heads, INT64_OFFSETS=total_tokens * max(q.stride(0), grad.stride(0)) >= 2**31,
+        )  # fmt: skip
+    return grads
