@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# Runs the kernels' tests, and compiles every configuration of attention, on other versions of Triton and PyTorch.
+set -uo pipefail
+# shellcheck source-path=SCRIPTDIR source=setup.sh
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/setup.sh"
+
+# Name: the versions that differ from constraints.txt. The last is the oldest PyTorch that the project supports.
+ENVIRONMENTS="triton-3.6: triton==3.6.0
+triton-3.9: triton==3.9.0
+torch-2.11: torch==2.11.0 torchvision==0.26.0 triton==3.6.0"
+
+usage() {
+  cat <<'USAGE'
+Usage: ./scripts/test_versions.sh [--no-report] [NAME ...]
+
+Runs the kernels' tests (interpreted, and compiled for five GPU targets) on other versions of Triton and PyTorch than
+those of constraints.txt, compiles every configuration of attention with them, and says which figures differ from the
+committed kernel report. Each NAME has a virtual environment of its own, .venv-NAME, made at the first call (several
+minutes, 2 to 6 GB). No GPU is needed. About 15 minutes a NAME on 2 cores.
+
+  --no-report  only the tests
+  NAME         one of those below (default: all of them)
+USAGE
+  printf '%s\n' "$ENVIRONMENTS" | sed 's/^/    /'
+  cat <<'USAGE'
+
+Each environment's tests.log and kernel_report.json are left in .venv-NAME.
+
+exit status: 0 all tests passed in every environment; 1 some did not, or an environment could not be made;
+2 bad arguments
+USAGE
+}
+
+versions_of() {
+  printf '%s\n' "$ENVIRONMENTS" | sed -n "s/^$1: //p"
+}
+
+# setup.sh makes whatever environment these name; its install_project is replaced by the next function.
+use_environment() {
+  OVERRIDES="$(versions_of "$1")"
+  VENV="$PROJECT_ROOT/.venv-$1"
+  VENV_PYTHON="$VENV/bin/python"
+  STAMP="$VENV/.set-up-done"
+}
+
+# Triton comes last and without its dependents' consent: a CUDA build of PyTorch pins one version exactly.
+# shellcheck disable=SC2317 # setup.sh calls it
+install_project() {
+  local constraints="$VENV/constraints.txt" pin triton=""
+  cp "$PROJECT_ROOT/constraints.txt" "$constraints"
+  for pin in $OVERRIDES; do
+    sed -i.before "/^${pin%%==*}==/d" "$constraints"
+    case "$pin" in triton==*) triton="$pin" ;; *) printf '%s\n' "$pin" >>"$constraints" ;; esac
+  done
+  (cd "$PROJECT_ROOT" && "$VENV_PYTHON" -m pip install --no-input -c "$constraints" -e '.[test]') &&
+    "$VENV_PYTHON" -m pip install --no-input --no-deps "$triton"
+}
+
+# Every test of a kernel or of what compiles it; those that need the encoder too stay out.
+kernel_tests() {
+  grep -lE '^ *(from|import) vit_kernels' tests/test_*.py | xargs grep -LE '^ *(from|import) vit_encoder' |
+    grep -v test_kernel_report
+}
+
+run_tests() {
+  # shellcheck disable=SC2046 # names of tests have no spaces
+  "$VENV_PYTHON" -m pytest -q -p no:cacheprovider $(kernel_tests) 2>&1 | tee "$VENV/tests.log" >&2
+  return "${PIPESTATUS[0]}"
+}
+
+make_report() {
+  rm -f "$VENV/kernel_report.json"
+  "$VENV_PYTHON" -m experiments.kernel_report --kernel varlen_attention --dtype bfloat16 --out "$VENV" \
+    >"$VENV/kernel_report.txt" || return 1
+  "$VENV_PYTHON" -m experiments.kernel_differences experiments/results/kernel_report.json "$VENV/kernel_report.json"
+}
+
+# "torch 2.13.0+cpu, triton 3.6.0", or nothing where the environment could not be made.
+installed_versions() {
+  "$VENV_PYTHON" -c 'import torch, triton; print(f"torch {torch.__version__}, triton {triton.__version__}")' 2>/dev/null
+}
+
+# try_environment NAME: prints its line of the summary; 1 when anything failed.
+try_environment() {
+  local tests report="not made" failed=0
+  use_environment "$1"
+  say ""
+  say "== $1: $OVERRIDES"
+  if ! (ensure_environment); then
+    printf '%-12s %-34s %s\n' "$1" "-" "not set up, see above"
+    return 1
+  fi
+  say "== $1: tests, log in $VENV/tests.log"
+  run_tests || failed=1
+  tests="$(tail -n 1 "$VENV/tests.log")"
+  if [ "$REPORT" = yes ]; then
+    say "== $1: every configuration of attention; what differs from the committed report:"
+    if make_report >&2; then report="made"; else report="failed, see above" failed=1; fi
+  fi
+  printf '%-12s %-34s tests: %s; report: %s\n' "$1" "$(installed_versions)" "$tests" "$report"
+  return "$failed"
+}
+
+REPORT=yes
+NAMES=""
+for argument in "$@"; do
+  case "$argument" in
+    -h | --help) usage && exit 0 ;;
+    --no-report) REPORT=no ;;
+    *)
+      if [ -z "$(versions_of "$argument")" ]; then
+        say "test_versions.sh: got $argument, expected --no-report or one of: $(printf '%s\n' "$ENVIRONMENTS" | sed 's/:.*//' | tr '\n' ' ')"
+        exit 2
+      fi
+      NAMES="$NAMES $argument"
+      ;;
+  esac
+done
+[ -n "$NAMES" ] || NAMES="$(printf '%s\n' "$ENVIRONMENTS" | sed 's/:.*//')"
+
+cd "$PROJECT_ROOT" || exit 1
+export HYPOTHESIS_PROFILE="${HYPOTHESIS_PROFILE:-ci}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OPENBLAS_NUM_THREADS=1
+# Its default changes between versions, and with it the code.
+export TRITON_DEFAULT_FP_FUSION=1
+status=0
+summary=""
+for name in $NAMES; do
+  line="$(try_environment "$name")" || status=1
+  summary="$summary$line
+"
+done
+say ""
+printf '%s' "$summary"
+exit "$status"
