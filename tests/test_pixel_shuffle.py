@@ -11,10 +11,19 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from vit_kernels import force_impl, pixel_shuffle
 from vit_kernels.reference import pixel_shuffle_reference
-from vit_kernels.testing import NanPadded, corrected_interpreter, nan_padded, seeded_tensor
+from vit_kernels.testing import NanPadded, corrected_interpreter, nan_filled_empty, nan_padded, seeded_tensor
 from vit_kernels.testing.strategies import dtypes, seeds, strided_tensors
 
-from tests.support import EVERY_FORM_AND_DTYPE, IMPLEMENTATIONS, assert_same_bits, bits, dtypes_of, launched_on, run
+from tests.support import (
+    EVERY_FORM_AND_DTYPE,
+    FORMS,
+    IMPLEMENTATIONS,
+    assert_same_bits,
+    bits,
+    dtypes_of,
+    launched_on,
+    run,
+)
 
 
 class Case(NamedTuple):
@@ -61,14 +70,47 @@ def test_is_a_bijection(form: str, dtype: torch.dtype, tiles: int, rows: int, co
     torch.testing.assert_close(bits(out).flatten().sort().values, bits(x).flatten(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("form", IMPLEMENTATIONS)
+@pytest.mark.parametrize("form", FORMS)
 @given(data=st.data())
 def test_the_backward_is_the_inverse(form: str, data: st.DataObject) -> None:
-    padded, *grid = data.draw(cases(data.draw(dtypes_of(form))))
+    dtype = data.draw(dtypes_of(form))
+    padded, *grid = data.draw(cases(dtype))
     x = padded.tensor.detach().requires_grad_()
-    out = run(form, pixel_shuffle, x, *grid)
-    (inverse,) = torch.autograd.grad(out, x, out.detach())
+    shuffled = pixel_shuffle_reference(padded.tensor, *grid)
+    grad = data.draw(strided_tensors(shuffled.shape, dtype))
+    grad.tensor.copy_(shuffled)
+    with corrected_interpreter(), nan_filled_empty():
+        out = run(form, pixel_shuffle, x, *grid)
+        (inverse,) = torch.autograd.grad(out, x, grad.tensor)
     assert_same_bits(inverse, x.detach())
+    grad.assert_padding_untouched()
+
+
+def test_the_backward_is_a_kernel_that_reads_the_gradient_where_it_lies() -> None:
+    x = seeded_tensor((2, 24, 10), torch.bfloat16, 0).requires_grad_()
+    with corrected_interpreter(), force_impl("triton"):
+        out = pixel_shuffle(x, 4, 6)
+    grad = nan_padded(out.detach(), [(0, 1), (1, 2), (0, 8)]).tensor
+    with corrected_interpreter() as counts:
+        pointers = launched_on(lambda: torch.autograd.grad(out, x, grad))
+    assert grad.data_ptr() in pointers
+    assert len(pointers) == 2
+    assert counts.bytes_loaded == counts.bytes_stored == x.nbytes
+
+
+@pytest.mark.parametrize("form", IMPLEMENTATIONS)
+def test_the_gradient_may_be_an_expanded_number(form: str) -> None:
+    x = seeded_tensor((2, 24, 10), torch.float32, 0).requires_grad_()
+    with corrected_interpreter(), force_impl(form):
+        (actual,) = torch.autograd.grad(pixel_shuffle(x, 4, 6).sum(), x)
+    assert_same_bits(actual, torch.ones_like(x))
+
+
+def test_every_byte_is_read_once_and_written_once() -> None:
+    x = class_token_sliced_off(2, torch.bfloat16, 0)
+    with corrected_interpreter() as counts, force_impl("triton"):
+        pixel_shuffle(x, 4, 6)
+    assert counts.bytes_loaded == counts.bytes_stored == x.numel() * 2
 
 
 @pytest.mark.parametrize("form", IMPLEMENTATIONS)
@@ -149,6 +191,7 @@ def test_gradcheck(rows: int, columns: int, factor: int, seed: int) -> None:
     # The op too, whose backward is ours; its body runs the same PyTorch operators.
     op = torch.ops.vit_kernels.pixel_shuffle.default
     assert torch.autograd.gradcheck(lambda x: op(x, factor * rows, factor * columns, factor, "eager"), x)
+    assert torch.autograd.gradgradcheck(lambda x: op(x, factor * rows, factor * columns, factor, "eager"), x)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -158,3 +201,5 @@ def test_opcheck(impl: str, requires_grad: bool, tiles: int, height: int, width:
     x = seeded_tensor((tiles, height * width + 1, 7), torch.float32, 0)[:, :-1].detach().requires_grad_(requires_grad)
     with corrected_interpreter():
         torch.library.opcheck(torch.ops.vit_kernels.pixel_shuffle.default, (x, height, width, factor, impl))
+        grad = pixel_shuffle(x, height, width, factor).detach().requires_grad_(requires_grad)
+        torch.library.opcheck(torch.ops.vit_kernels.pixel_shuffle_backward.default, (grad, height, width, factor, impl))

@@ -1,11 +1,12 @@
 """Pixel shuffle: factor x factor neighbourhoods of a token grid become channels."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vit_kernels import _dispatch, _validation
+from vit_kernels import _dispatch, _pixel_grid
 
 
 def pixel_shuffle(x: Tensor, height: int, width: int, factor: int = 2) -> Tensor:
@@ -31,25 +32,20 @@ def pixel_shuffle(x: Tensor, height: int, width: int, factor: int = 2) -> Tensor
         ValueError: a shape, stride or factor that does not fit.
     """
     impl = _dispatch.choose("pixel_shuffle", x)
-    _validate(x, height, width, factor, impl)
+    _pixel_grid.check_grid(x, height, width, factor, impl)
     if impl == "eager":
-        return eager(x, height, width, factor)
+        return _pixel_grid.shuffle(x, height, width, factor)
     return torch.ops.vit_kernels.pixel_shuffle.default(x, height, width, factor, impl)
-
-
-def eager(x: Tensor, height: int, width: int, factor: int) -> Tensor:
-    """The PyTorch body."""
-    tiles, _, channels = x.shape
-    rows, columns = height // factor, width // factor
-    neighbourhoods = x.unflatten(1, (rows, factor, columns, factor)).transpose(2, 3)
-    # Always a copy: where nothing moves, a reshape alone would return the input's memory.
-    moved = neighbourhoods.clone(memory_format=torch.contiguous_format)
-    return moved.view(tiles, rows * columns, factor * factor * channels)
 
 
 def fake(x: Tensor, height: int, width: int, factor: int) -> Tensor:
     """Shape, dtype and strides of the output."""
     return x.new_empty(x.shape[0], (height // factor) * (width // factor), x.shape[2] * factor * factor)
+
+
+def fake_backward(grad: Tensor, height: int, width: int, factor: int) -> Tensor:
+    """Shape, dtype and strides of the gradient."""
+    return grad.new_empty(grad.shape[0], height * width, grad.shape[2] // (factor * factor))
 
 
 def _launch(x: Tensor, height: int, width: int, factor: int) -> Tensor:
@@ -58,35 +54,38 @@ def _launch(x: Tensor, height: int, width: int, factor: int) -> Tensor:
     return launch(x, height, width, factor)
 
 
-def _validate(x: Tensor, height: int, width: int, factor: int, impl: str) -> None:
-    _validation.check_tensor("x", x, 3, "[tiles, height * width, channels]")
-    _validation.check_dtype("x", x, impl)
-    _validation.check_last_dim_contiguous("x", x)
-    for name, value in (("height", height), ("width", width), ("factor", factor)):
-        if not isinstance(value, int | torch.SymInt):
-            raise TypeError(f"{name}: got {value!r}, expected an integer")
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected a positive integer")
-    if height % factor or width % factor:
-        raise ValueError(f"height, width: got {height} x {width}, expected multiples of factor {factor}")
-    if x.shape[1] != height * width:
-        raise ValueError(f"x: got {x.shape[1]} tokens a tile, expected height * width = {height * width}")
+def _launch_backward(grad: Tensor, height: int, width: int, factor: int) -> Tensor:
+    from vit_kernels._triton.pixel_shuffle import launch_backward
+
+    return launch_backward(grad, height, width, factor)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.height, ctx.width, ctx.factor, _ = inputs
+    _, *ctx.grid, ctx.impl = inputs
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    rows, columns = ctx.height // ctx.factor, ctx.width // ctx.factor
-    cells = grad.unflatten(1, (rows, columns)).unflatten(3, (ctx.factor, ctx.factor, -1))
-    return cells.transpose(2, 3).flatten(1, 4), None, None, None, None
+def _backward_through(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward that calls the op `name` on the gradient."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # The kernel reads the last dimension as one run; autograd's gradients may be expanded.
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        return getattr(torch.ops.vit_kernels, name).default(grad, *ctx.grid, ctx.impl), None, None, None, None
+
+    return backward
 
 
 _dispatch.define(
     "pixel_shuffle(Tensor x, SymInt height, SymInt width, SymInt factor, str? impl) -> Tensor",
     fake=fake,
-    bodies={"eager": eager, "triton": _launch},
+    bodies={"eager": _pixel_grid.shuffle, "triton": _launch},
     setup_context=_setup_context,
-    backward=_backward,
+    backward=_backward_through("pixel_shuffle_backward"),
+)
+_dispatch.define(
+    "pixel_shuffle_backward(Tensor grad, SymInt height, SymInt width, SymInt factor, str? impl) -> Tensor",
+    fake=fake_backward,
+    bodies={"eager": _pixel_grid.unshuffle, "triton": _launch_backward},
+    setup_context=_setup_context,
+    backward=_backward_through("pixel_shuffle"),
 )

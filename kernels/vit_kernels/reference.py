@@ -27,6 +27,24 @@ def pixel_shuffle_reference(x: Tensor, height: int, width: int, factor: int = 2)
     return out
 
 
+def layer_norm_pixel_shuffle_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, factor: int = 2, eps: float = 1e-5
+) -> Tensor:
+    """Each token's channels to mean 0 and variance 1, times weight plus bias, in fp64; then the pixel shuffle.
+
+    Source: Ba et al., Layer Normalization (arXiv 1607.06450), equation 4; as `pixel_shuffle_reference`.
+
+    Args:
+        x: [tiles, height * width, channels]; weight, bias: [channels].
+
+    Returns:
+        [tiles, (height // factor) * (width // factor), channels * factor**2] as float64.
+    """
+    centred = x.double() - x.double().mean(-1, keepdim=True)
+    deviation = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    return pixel_shuffle_reference(centred / deviation * weight.double() + bias.double(), height, width, factor)
+
+
 def rotary_2d_reference(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = True
 ) -> tuple[Tensor, Tensor]:

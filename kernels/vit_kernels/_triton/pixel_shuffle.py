@@ -1,4 +1,4 @@
-"""Triton kernel and launcher of pixel_shuffle."""
+"""Triton kernel and launchers of pixel_shuffle and its backward."""
 
 import torch
 import triton
@@ -7,53 +7,75 @@ import triton.language as tl
 
 @triton.jit
 def pixel_shuffle_kernel(
-    x_ptr,
-    out_ptr,
+    source_ptr,
+    target_ptr,
     stride_tile,
     stride_token,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
     FACTOR: tl.constexpr,
+    INVERSE: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """One program moves BLOCK_WIDTH tokens of one grid row, BLOCK_CHANNELS channels of each."""
+    """One program moves BLOCK_WIDTH tokens of one grid row, BLOCK_CHANNELS channels of each, or moves them back.
+
+    The strides are the source's; the target is contiguous.
+    """
     COLUMNS: tl.constexpr = WIDTH // FACTOR
     OUT_CHANNELS: tl.constexpr = CHANNELS * FACTOR * FACTOR
-    tile = tl.program_id(0) // HEIGHT
+    tile = (tl.program_id(0) // HEIGHT).to(tl.int64)
     h = tl.program_id(0) % HEIGHT
     w = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    c = tl.program_id(2) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    mask = (w < WIDTH)[:, None] & (c < CHANNELS)[None, :]
+    c = tl.program_id(2) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
+    mask = (w < WIDTH)[:, None] & (c < CHANNELS)
 
-    source = x_ptr + tile.to(tl.int64) * stride_tile + (h * WIDTH + w).to(tl.int64)[:, None] * stride_token + c[None, :]
-    values = tl.load(source, mask=mask)
-
-    token = (h // FACTOR) * COLUMNS + w // FACTOR
-    channel = (h % FACTOR * FACTOR + w % FACTOR) * CHANNELS
-    target = out_ptr + tile.to(tl.int64) * (HEIGHT // FACTOR * COLUMNS * OUT_CHANNELS)
-    tl.store(target + (token * OUT_CHANNELS + channel)[:, None] + c[None, :], values, mask=mask)
+    cell = (h * WIDTH + w).to(tl.int64)[:, None]
+    token = ((h // FACTOR) * COLUMNS + w // FACTOR).to(tl.int64)[:, None]
+    channel = ((h % FACTOR * FACTOR + w % FACTOR) * CHANNELS)[:, None]
+    source_ptr += tile * stride_tile
+    target_ptr += tile * (HEIGHT * WIDTH * CHANNELS)
+    if INVERSE:
+        values = tl.load(source_ptr + token * stride_token + channel + c, mask=mask)
+        tl.store(target_ptr + cell * CHANNELS + c, values, mask=mask)
+    else:
+        values = tl.load(source_ptr + cell * stride_token + c, mask=mask)
+        tl.store(target_ptr + token * OUT_CHANNELS + channel + c, values, mask=mask)
 
 
 def launch(x: torch.Tensor, height: int, width: int, factor: int) -> torch.Tensor:
     """x [tiles, height * width, channels] -> [tiles, tokens, channels * factor**2] on the current stream."""
-    tiles, _, channels = x.shape
-    out = x.new_empty(tiles, (height // factor) * (width // factor), channels * factor * factor)
+    out = x.new_empty(x.shape[0], (height // factor) * (width // factor), x.shape[2] * factor * factor)
+    _launch(x, out, height, width, x.shape[2], factor, inverse=False)
+    return out
+
+
+def launch_backward(grad: torch.Tensor, height: int, width: int, factor: int) -> torch.Tensor:
+    """The inverse of `launch`."""
+    channels = grad.shape[2] // (factor * factor)
+    out = grad.new_empty(grad.shape[0], height * width, channels)
+    _launch(grad, out, height, width, channels, factor, inverse=True)
+    return out
+
+
+def _launch(
+    source: torch.Tensor, target: torch.Tensor, height: int, width: int, channels: int, factor: int, inverse: bool
+) -> None:
     block_width = min(8, triton.next_power_of_2(width))
     block_channels = min(512, triton.next_power_of_2(channels))
-    if out.numel():
-        grid = (tiles * height, triton.cdiv(width, block_width), triton.cdiv(channels, block_channels))
+    if target.numel():
+        grid = (source.shape[0] * height, triton.cdiv(width, block_width), triton.cdiv(channels, block_channels))
         pixel_shuffle_kernel[grid](
-            x,
-            out,
-            x.stride(0),
-            x.stride(1),
+            source,
+            target,
+            source.stride(0),
+            source.stride(1),
             HEIGHT=height,
             WIDTH=width,
             CHANNELS=channels,
             FACTOR=factor,
+            INVERSE=inverse,
             BLOCK_WIDTH=block_width,
             BLOCK_CHANNELS=block_channels,
         )
-    return out

@@ -1,0 +1,74 @@
+"""Triton kernel and launcher of layer_norm_pixel_shuffle."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def layer_norm_pixel_shuffle_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    stride_tile,
+    stride_token,
+    eps,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FACTOR: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """One program normalises and moves BLOCK_WIDTH tokens of one grid row; all channels of a token are one block."""
+    COLUMNS: tl.constexpr = WIDTH // FACTOR
+    OUT_CHANNELS: tl.constexpr = CHANNELS * FACTOR * FACTOR
+    tile = (tl.program_id(0) // HEIGHT).to(tl.int64)
+    h = tl.program_id(0) % HEIGHT
+    w = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    c = tl.arange(0, BLOCK_CHANNELS)[None, :]
+    in_token = c < CHANNELS
+    mask = (w < WIDTH)[:, None] & in_token
+
+    cell = (h * WIDTH + w).to(tl.int64)[:, None]
+    x = tl.load(x_ptr + tile * stride_tile + cell * stride_token + c, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, 1)[:, None] / CHANNELS
+    centred = tl.where(mask, x - mean, 0.0)
+    variance = tl.sum(centred * centred, 1)[:, None] / CHANNELS
+    weight = tl.load(weight_ptr + c, mask=in_token, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + c, mask=in_token, other=0.0).to(tl.float32)
+    out = centred * tl.rsqrt(variance + eps) * weight + bias
+
+    token = ((h // FACTOR) * COLUMNS + w // FACTOR).to(tl.int64)[:, None]
+    channel = ((h % FACTOR * FACTOR + w % FACTOR) * CHANNELS)[:, None]
+    target = out_ptr + tile * (HEIGHT * WIDTH * CHANNELS) + token * OUT_CHANNELS + channel + c
+    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def launch(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, height: int, width: int, factor: int, eps: float
+) -> torch.Tensor:
+    """x [tiles, height * width, channels] -> [tiles, tokens, channels * factor**2] on the current stream."""
+    tiles, _, channels = x.shape
+    out = x.new_empty(tiles, (height // factor) * (width // factor), channels * factor * factor)
+    block_channels = triton.next_power_of_2(channels)
+    # Tokens enough to share a read of weight and bias, few enough for a tile to fill a GPU and for the registers.
+    block_width = min(4, triton.next_power_of_2(width), triton.cdiv(8192, block_channels))
+    if out.numel():
+        layer_norm_pixel_shuffle_kernel[(tiles * height, triton.cdiv(width, block_width))](
+            x,
+            weight,
+            bias,
+            out,
+            x.stride(0),
+            x.stride(1),
+            eps,
+            HEIGHT=height,
+            WIDTH=width,
+            CHANNELS=channels,
+            FACTOR=factor,
+            BLOCK_WIDTH=block_width,
+            BLOCK_CHANNELS=block_channels,
+        )
+    return out
