@@ -8,6 +8,7 @@ a truncated file to break.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -15,6 +16,7 @@ import importlib.util
 import io
 import os
 import platform
+import shutil
 import tempfile
 import warnings
 import zipfile
@@ -23,14 +25,15 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch._functorch.config
 from torch.fx import GraphModule
 
 from vit_encoder.compilation.config import CompilationConfig
 from vit_encoder.compilation.counter import compilation_counter
 
+_publish = os.replace
 _MAGIC = b"vit_encoder artefact 1\n"
-# Code that is loaded from them must stay until the process ends.
-_directories: dict[Path, tempfile.TemporaryDirectory[str]] = {}
+_directories: dict[Path, str] = {}
 
 
 @contextlib.contextmanager
@@ -48,10 +51,17 @@ def artifacts(graph: GraphModule, config: CompilationConfig, tag: str) -> Iterat
     text = "\n".join([code, config.as_text(), graph.print_readable(print_output=False), *_environment()])
     key = _hash(text)
     path = Path(config.cache_dir) / f"{tag}-{key[:32]}.artefact"
-    with torch.compiler.config.patch(cache_key_tag=key), _private_directory(path) as folder:  # type: ignore[attr-defined]
-        known = _load(path, folder)
+    new = path not in _directories
+    with (
+        torch.compiler.config.patch(cache_key_tag=key),  # type: ignore[attr-defined]
+        # Otherwise the backward is compiled at its first call, too late for the archive.
+        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+        _private_directory(path) as folder,
+    ):
+        # Never over files that this process has mapped already.
+        known = new and _load(path, folder)
         yield
-        if not known:
+        if new and not known:
             _save(path, folder)
 
 
@@ -60,13 +70,14 @@ def op_code(graph: GraphModule) -> str | None:
 
     None if there is no package of that name, so that nobody can say when an op's code has changed.
     """
-    namespaces = {
-        node.target.namespace
+    targets = [
+        node.target
         for module in graph.modules()
         if isinstance(module, GraphModule)
         for node in module.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload)
-    }
+        if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    ]
+    namespaces = {str(target).partition(".")[0] for target in targets}
     hashes = [_package_hash(name) for name in sorted(namespaces - {"aten", "prims", "prim"})]
     return None if None in hashes else " ".join(map(str, hashes))
 
@@ -103,8 +114,10 @@ def _triton_version() -> str:
 @contextlib.contextmanager
 def _private_directory(path: Path) -> Iterator[Path]:
     if path not in _directories:
-        _directories[path] = tempfile.TemporaryDirectory(prefix="vit_encoder-", ignore_cleanup_errors=True)
-    folder = _directories[path].name
+        folder = _directories[path] = tempfile.mkdtemp(prefix="vit_encoder-")
+        # Not before: code is loaded from there.
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = _directories[path]
     with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder):
         yield Path(folder)
 
@@ -113,7 +126,7 @@ def _load(path: Path, folder: Path) -> bool:
     """Whether `folder` now holds what the file at `path` does."""
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         warnings.warn(f"cache_dir: cannot read {path.name}: {error}; compiling again", stacklevel=2)
@@ -149,7 +162,7 @@ def _replace(path: Path, content: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        os.replace(name, path)
+        _publish(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

@@ -125,9 +125,9 @@ class _Backend:
         hits = _cache_hits()
         with artifacts(graph, self.config, self.tag), _size_oblivious_views():
             compiled = backend(graph, example_inputs, **options)
-        hits = _cache_hits() - hits
-        compilation_counter.cache_hits += hits
-        compilation_counter.backend_compilations += not hits
+        hit = _cache_hits() > hits
+        compilation_counter.cache_hits += hit
+        compilation_counter.backend_compilations += not hit
         return compiled
 
 
@@ -156,11 +156,9 @@ def _size_oblivious_views() -> Iterator[None]:
 
 def _checking(compiled: Callable[..., Any], indices: list[int]) -> Callable[..., Any]:
     """`compiled`, behind a check that the tensors at `indices` are what they were at the first call."""
-    if len(indices) < 2:
-        indices = indices * 2
     if not indices:
         return compiled
-    pick = operator.itemgetter(*indices)
+    pick = operator.itemgetter(*indices) if len(indices) > 1 else operator.itemgetter(slice(indices[0], indices[0] + 1))
     check: Callable[..., bool] | None = None
 
     def call(*args: Any) -> Any:
