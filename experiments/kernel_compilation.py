@@ -74,7 +74,7 @@ def run_all(
         # The processes start as the cases are submitted, and import the main module, perhaps Triton, before all else.
         mock.patch.dict(os.environ, TRITON_INTERPRET="1" if interpret else "0", OMP_NUM_THREADS="1"),
         ProcessPoolExecutor(min(jobs, len(cases)) or 1, context) as pool,
-        tqdm(total=len(cases), desc=title, unit="case", mininterval=1, disable=None) as progress,
+        tqdm(total=len(cases), desc=title, unit="case", mininterval=1) as progress,
     ):
         pending = {pool.submit(function, case): case for case in cases}
         while pending:

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.kernel_regressions import Row
+from experiments.roofline import GPUS
 
 COLOURS = {"sm_80": "#8da0b6", "sm_90": "#4c6a92", "sm_100": "#1b3558", "gfx942": "#e69f5c", "gfx950": "#d95f02"}
 PEER = "vLLM prefill attention"
@@ -24,7 +25,7 @@ def draw(rows: list[Row], path: Path) -> None:
         path: of the file.
     """
     shown = [row for row in rows if row["default"] and row["dtype"] == "bfloat16" and not row["error"]]
-    figure = Figure(figsize=(14, 9), layout="constrained")
+    figure = Figure(figsize=(14, 10), layout="constrained")
     figure.suptitle(
         "Kernels as compiled for five targets, bf16, default configurations; nothing was run on a GPU",
         x=0.01,
@@ -76,21 +77,20 @@ def _draw_by_target(axes: Axes, rows: list[Row], figure: str, title: str, blocks
 
 
 def _draw_roofline(axes: Axes, rows: list[Row]) -> None:
-    """The model's intervals at one head_dim."""
-    bars = [
-        (f"{row['kernel']}, {gpu}", row["target"], *bounds)
-        for row in rows
-        if row["head_dim"] == HEAD_DIM
-        for gpu, bounds in row["roofline_us"].items()
-    ]
-    for y, (_, target, low, high) in enumerate(bars):
-        axes.barh(y, high - low, left=low, height=0.7, color=COLOURS[target])
-    axes.set_yticks(range(len(bars)), [name for name, *_ in bars])
-    axes.set_ylim(len(bars) - 0.4, -0.6)
+    """The model's intervals at one head_dim: a group a kernel, a bar a GPU."""
+    rows = [row for row in rows if row["head_dim"] == HEAD_DIM and row["roofline_us"]]
+    kernels = list(dict.fromkeys(row["kernel"] for row in rows))
+    height = 0.8 / len(GPUS)
+    for row in rows:
+        for gpu, (low, high) in row["roofline_us"].items():
+            y = kernels.index(row["kernel"]) + ([*GPUS].index(gpu) - (len(GPUS) - 1) / 2) * height
+            axes.barh(y, high - low, left=low, height=height, color=COLOURS[row["target"]])
+            axes.text(high, y, f" {gpu}", fontsize=5, va="center")
+    axes.set_yticks(range(len(kernels)), kernels)
+    axes.set_ylim(len(kernels) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.set_xlabel("microseconds: 16 tiles of 577 tokens, 16 heads", fontsize=8)
     _finish(axes, f"head_dim {HEAD_DIM}: a roofline model's interval, not a measurement", legend=False)
-    axes.tick_params(axis="y", labelsize=5.5)
 
 
 def _finish(axes: Axes, title: str, legend: bool = True) -> None:
@@ -98,4 +98,7 @@ def _finish(axes: Axes, title: str, legend: bool = True) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     if legend and axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7, frameon=False, ncols=2)
+        # Room above what is drawn.
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.25 * (high - low))
+        axes.legend(fontsize=7, frameon=False, ncols=3, loc="upper left")

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from vit_kernels._triton import varlen_attention
+from vit_kernels._triton.configurations import candidates
 from vit_kernels.testing import corrected_interpreter, seeded_tensor
 
 HEAD_DIM = 88
@@ -37,12 +38,14 @@ SCRIPT = """
 
     import torch
     from vit_kernels._triton import varlen_attention
+    from vit_kernels._triton.configurations import candidates
     from vit_kernels.inspection import TARGETS, compile_launch
 
     q, k, v = torch.empty(1154, 3, 1, 88, dtype=torch.bfloat16, device="meta").unbind(1)
     lengths = torch.empty(3, dtype=torch.int32, device="meta")
     for target in TARGETS:
-        for name, configuration in json.loads(sys.argv[1]).items():
+        launched = {"launched": candidates("varlen_attention", 88, torch.bfloat16, target)[0]}
+        for name, configuration in (json.loads(sys.argv[1]) | launched).items():
             (report,) = compile_launch(
                 target, varlen_attention.launch, q, k, v, lengths, lengths, 0.1, configuration=configuration
             )
@@ -106,6 +109,17 @@ def test_the_instructions_are_those_of_each_target(compiled: dict[tuple[str, str
     assert kinds["sm_90"] == {"HGMMA"}
     assert kinds["sm_100"] == {"UTCHMMA"}
     assert all(kind.startswith("v_mfma_f32_") for target in ("gfx942", "gfx950") for kind in kinds[target])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_trip_through_the_main_loop_as_it_is_launched_multiplies_one_block_of_keys(
+    compiled: dict[tuple[str, str], dict[str, Any]], target: str
+) -> None:
+    """Pipelined: copies of the products stand before and after the loop, so only the difference of a trip counts."""
+    configuration = candidates("varlen_attention", HEAD_DIM, torch.bfloat16, target)[0]
+    rows, keys = configuration["BLOCK_M"], configuration["BLOCK_N"]
+    one, two = (interpreted_flops(configuration, rows, blocks * keys) for blocks in (1, 2))
+    assert compiled[target, "launched"]["loops"][0] == two - one
 
 
 def test_one_row_of_tiles_is_multiplied_once(compiled: dict[tuple[str, str], dict[str, Any]]) -> None:
