@@ -22,8 +22,10 @@ def issued_over_useful(head_dim: int, lengths: list[int]) -> float:
     return counts.dot_flops / sum(4 * length**2 * head_dim for length in lengths)
 
 
-def test_a_tile_of_llama_4() -> None:
-    assert issued_over_useful(88, [577]) <= 1.15
+@pytest.mark.parametrize(("head_dim", "bound"), [(72, 1.18), (80, 1.06), (88, 1.15)])
+def test_a_tile_of_llama_4(head_dim: int, bound: float) -> None:
+    # 592 x 592 of 577 x 577 are 1.053; what is above that is padding along the head.
+    assert issued_over_useful(head_dim, [577]) <= bound
 
 
 @pytest.mark.parametrize(("head_dim", "bound"), [(64, 1.0), (72, 1.12), (80, 1.0), (88, 1.10), (96, 1.0), (128, 1.0)])

@@ -55,11 +55,14 @@ _GRAD_KV: dict[str, list[Blocks]] = {
 }
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """Two block widths that cover head_dim: the largest power of two in it, and one (at least 16) for the rest."""
+def split_head_dim(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Two block widths that cover head_dim: the largest power of two in it, and one for the rest.
+
+    The second is at least 16 columns, a matrix instruction's width, and 32 of float32: 16 would spill by the kilobyte.
+    """
     block_0 = 1 << (head_dim.bit_length() - 1)
     rest = head_dim - block_0
-    return block_0, max(16, triton.next_power_of_2(rest)) if rest else 0
+    return block_0, max(32 if dtype == torch.float32 else 16, triton.next_power_of_2(rest)) if rest else 0
 
 
 def candidates(kernel: str, head_dim: int, dtype: torch.dtype, target: str) -> list[Configuration]:
@@ -71,7 +74,7 @@ def candidates(kernel: str, head_dim: int, dtype: torch.dtype, target: str) -> l
         dtype: of the queries.
         target: "sm_90", "gfx942" and their like, or "interpreter".
     """
-    block_0, block_1 = split_head_dim(head_dim)
+    block_0, block_1 = split_head_dim(head_dim, dtype)
     columns: Configuration = {
         "BLOCK_D0": block_0,
         "BLOCK_D1": block_1,
@@ -91,14 +94,14 @@ def _blocks(kernel: str, head_dim: int, dtype: torch.dtype, target: str) -> list
     family = _family(target)
     backend = "gfx9" if family == "gfx9" else "cuda"
     if kernel == "grad_q":
-        return [(16, 32, 4, 2)] if dtype == torch.float32 or head_dim > 128 else _GRAD_Q[backend]
+        return [(16, 16, 4, 2)] if dtype == torch.float32 or head_dim > 128 else _GRAD_Q[backend]
     if kernel == "grad_kv":
         return [(32, 16, 4, 2)] if dtype == torch.float32 or head_dim > 128 else _GRAD_KV[backend]
     if dtype == torch.float32:
         return _FLOAT32_BEYOND_128_COLUMNS if head_dim > 128 else _FLOAT32[backend]
     if head_dim > 128:
         return _BEYOND_128_COLUMNS[family]
-    return (_16_COLUMNS if split_head_dim(head_dim)[1] == 16 else _WIDE_COLUMNS)[family]
+    return (_16_COLUMNS if split_head_dim(head_dim, dtype)[1] == 16 else _WIDE_COLUMNS)[family]
 
 
 def _family(target: str) -> str:

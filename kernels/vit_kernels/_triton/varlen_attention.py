@@ -106,10 +106,9 @@ def _attend_queries(
 ):
     """Outputs, and log-sum-exps where lse_ptr is given, of BLOCK_M queries from first_query on.
 
-    The pointers stand at the sequence and the head.
-
-    head_dim is two blocks, BLOCK_D0 full columns and BLOCK_D1 masked ones, instead of one block padded to a power
-    of two. Keys go BLOCK_N at a time without a mask, the rest BLOCK_TAIL at a time with one.
+    The pointers stand at the sequence and the head. head_dim is two blocks, BLOCK_D0 full columns and BLOCK_D1 masked
+    ones, instead of one block padded to a power of two. Keys go BLOCK_N at a time without a mask, the rest BLOCK_TAIL
+    at a time with one.
     """
     m = first_query + tl.arange(0, BLOCK_M)
     in_sequence = (m < queries)[:, None]
