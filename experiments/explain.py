@@ -157,7 +157,7 @@ def _recompilations() -> Iterator[list[str]]:
 
 def _print_times(console: Console) -> None:
     names, seconds = torch._dynamo.utils.compile_times(repr="csv", aggregate=True)
-    longest = sorted(((float(of), name) for of, name in zip(seconds, names, strict=True)), reverse=True)[:5]
+    longest = sorted(zip(map(float, map(str, seconds)), names, strict=True), reverse=True)[:5]
     for duration, name in longest:
         console.print(f"{duration:8.2f} s  {re.sub(r'.*[.]', '', name)}")
 

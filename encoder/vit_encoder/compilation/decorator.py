@@ -160,39 +160,77 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(function)
 
 
+@functools.cache
+def _places(cls: Any) -> dict[str, int]:
+    """Where forward takes its positional arguments."""
+    parameters = list(_signature(cls.forward).parameters.values())[1:]
+    return {
+        parameter.name: place
+        for place, parameter in enumerate(parameters)
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    }
+
+
+@functools.cache
+def _arity(cls: Any) -> tuple[int, int]:
+    """How few and how many positional arguments forward takes without others."""
+    parameters = list(_signature(cls.forward).parameters.values())[1:]
+    return sum(parameter.default is parameter.empty for parameter in parameters), len(_places(cls))
+
+
+@functools.cache
+def _validated(cls: Any) -> tuple[str, ...]:
+    """The arguments that `validate_inputs` wants to see."""
+    return tuple(_signature(cls.validate_inputs).parameters)[1:] if hasattr(cls, "validate_inputs") else ()
+
+
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return self._wrapped_call_impl(*args, **kwargs)
     settings, context = self._compile_settings, surroundings.context
     config = getattr(self, "compilation_config", None) or (context and context.config) or _default_config()
-    compiled = not _OFF and settings.enable_if(config)
-    if not compiled and (context is None or not context.attention_metadata):
+    metadata = context.attention_metadata if context is not None else None
+    # Binding every call would take a tenth of it.
+    fewest, most = _arity(self.__class__)
+    if kwargs or metadata or not fewest <= len(args) <= most:
+        args, kwargs = _bound(self, args, kwargs, metadata or {})
+    if _OFF or not settings.enable_if(config):
         return self._wrapped_call_impl(*args, **kwargs)
-    bound = _signature(type(self).forward).bind(self, *args, **kwargs)
-    arguments = bound.arguments
-    if context is not None:
-        for name, tensor in context.attention_metadata.items():
-            if name in bound.signature.parameters and arguments.get(name) is None:
-                arguments[name] = tensor
-    if not compiled:
-        return self._wrapped_call_impl(*bound.args[1:], **bound.kwargs)
-    _validate(self, arguments)
-    return _run(self, settings, config, bound)
+    return _run(self, settings, config, list(args), kwargs)
 
 
-def _validate(module: Any, arguments: Mapping[str, Any]) -> None:
-    validate = getattr(type(module), "validate_inputs", None)
-    if validate is not None:
-        known = _signature(validate).parameters
-        validate(**{name: value for name, value in arguments.items() if name in known})
+def _bound(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], metadata: Mapping[str, Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with as many of them positional as can be, and those of the context that are missing."""
+    bound = _signature(type(module).forward).bind(module, *args, **kwargs)
+    for name, tensor in metadata.items():
+        if name in bound.signature.parameters and bound.arguments.get(name) is None:
+            bound.arguments[name] = tensor
+    bound.apply_defaults()
+    return bound.args[1:], bound.kwargs
 
 
-def _run(module: Any, settings: _Settings, config: CompilationConfig, bound: inspect.BoundArguments) -> Any:
+def _run(module: Any, settings: _Settings, config: CompilationConfig, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    places = _places(module.__class__)
+
+    def given(name: str) -> Any:
+        place = places.get(name, len(args))
+        return args[place] if place < len(args) else kwargs.get(name)
+
+    def replace_by(name: str, tensor: Tensor) -> None:
+        if name in kwargs:
+            kwargs[name] = tensor
+        else:
+            args[places[name]] = tensor
+
+    if validated := _validated(module.__class__):
+        module.validate_inputs(*map(given, validated))
     compiled = _compiled_module(module, settings, config)
     shapes = _dynamic_shapes(config)
-    index, arguments = None, bound.arguments
+    index = None
     for name, dims in settings.dims.items():
-        if (tensor := arguments.get(name)) is not None:
+        if (tensor := given(name)) is not None:
             _check_sizes(name, tensor, dims)
             alias = _alias(tensor)
             if index is None:
@@ -200,13 +238,14 @@ def _run(module: Any, settings: _Settings, config: CompilationConfig, bound: ins
                 _mark(alias, dims[:1], shapes, compiled.ranges[index])
                 dims = dims[1:]
             _mark(alias, dims, shapes)
-            arguments[name] = alias
+            replace_by(name, alias)
     for name, dims in settings.unbacked.items():
-        if (tensor := arguments.get(name)) is not None:
-            alias = arguments[name] = tensor if name in settings.dims else _alias(tensor)
+        if (tensor := given(name)) is not None:
+            alias = tensor if name in settings.dims else _alias(tensor)
             _mark(alias, dims, shapes if torch.is_grad_enabled() else "unbacked")
+            replace_by(name, alias)
     with _tracing(shapes):
-        return compiled(index or 0, *bound.args[1:], **bound.kwargs)
+        return compiled(index or 0, *args, **kwargs)
 
 
 def _compiled_module(module: Any, settings: _Settings, config: CompilationConfig) -> CompiledModule:
