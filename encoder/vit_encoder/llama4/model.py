@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from vit_kernels import pixel_shuffle, rotary_2d, varlen_attention
+from vit_kernels import layer_norm_pixel_shuffle, rotary_2d, rotary_2d_qkv_, varlen_attention
 
 from vit_encoder.compilation import CompilationConfig, support_torch_compile
 from vit_encoder.llama4.checkpoint import projector_tensors, read_tensors, vision_tensors
@@ -28,11 +28,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Shapes: x [tokens, hidden], cu_seqlens [tiles + 1], cos and sin [577, head_dim // 2] -> [tokens, hidden]."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [tokens, 3, heads, head_dim]
-        q, k, v = qkv.unbind(1)  # 3 x [tokens, heads, head_dim]
-        q, k = rotary_2d(q, k, cos, sin)  # 2 x [tokens, heads, head_dim]
+        qkv = self.qkv(x).unflatten(-1, (3 * self.heads, -1))  # [tokens, 3 * heads, head_dim]
+        q, k, v = rotated(qkv, cos, sin)  # 3 x [tokens, heads, head_dim]
         x = varlen_attention(q, k, v, cu_seqlens)  # [tokens, heads, head_dim]
         return self.out_proj(x.flatten(1))  # [tokens, hidden]
+
+
+def rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [tokens, heads, head_dim] with q and k rotated: where they lie, unless that would lose a gradient."""
+    q, k, v = qkv.chunk(3, dim=1)
+    if qkv.requires_grad:
+        return *rotary_2d(q, k, cos, sin), v
+    rotary_2d_qkv_(qkv, cos, sin)
+    return q, k, v
 
 
 class MLP(nn.Module):
@@ -134,8 +142,9 @@ class Llama4VisionModel(nn.Module):
         x = x.flatten(0, 1)  # [tiles * 577, hidden]
         for layer in self.layers:
             x = layer(x, cu_seqlens, self.rotary.cos, self.rotary.sin)  # [tiles * 577, hidden]
-        x = self.norm_post(x).unflatten(0, (-1, tokens))[:, :-1]  # [tiles, 576, hidden]
-        x = pixel_shuffle(x, config.grid, config.grid, config.shuffle_factor)  # [tiles, 144, intermediate]
+        x = x.unflatten(0, (-1, tokens))[:, :-1]  # [tiles, 576, hidden]
+        norm, grid = self.norm_post, (config.grid, config.grid, config.shuffle_factor)
+        x = layer_norm_pixel_shuffle(x, norm.weight, norm.bias, *grid, norm.eps)  # [tiles, 144, intermediate]
         return self.adapter(x)  # [tiles, 144, vision_output_dim]
 
     @classmethod
