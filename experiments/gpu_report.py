@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Make the report, and return the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    around = environment()
+    load, around = os.getloadavg()[0], environment()
     on_gpu = bool(around["devices"])
     device = around["devices"][0]["name"] if on_gpu else around["cpu"]["model"]
     folder = (options.out or RESULTS / _folder_name(device, around["date"])).resolve()
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     _say(f"device: {device}" if on_gpu else f"no GPU here: only what a CPU can do is run (on {device})")
     outcomes = run_stages(gpu_stages(folder) if on_gpu else cpu_stages(folder), folder)
     summary = folder / "summary.md"
-    summary.write_text(summary_text(folder, around, device, outcomes), encoding="utf-8")
+    summary.write_text(summary_text(folder, around, device, load, outcomes), encoding="utf-8")
     for outcome in outcomes:
         _say(f"{outcome.name}: {outcome.problem or 'ok'}, {outcome.seconds:.0f} s")
     _say(f"wrote {summary}")
@@ -112,7 +112,7 @@ def cpu_stages(folder: Path) -> list[Stage]:
     """The eager forms, and the main job with 2 layers."""
     return [
         Stage("microbenchmarks", 240, _microbenchmarks(folder)),
-        Stage("main job", 200, _main_job(folder, "--layers", "2", "--repeats", "3", "--tile-counts", "1", "3")),
+        Stage("main job", 300, _main_job(folder, "--layers", "2", "--repeats", "3", "--tile-counts", "1", "3")),
     ]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.report import HEADER, encoder_text, notes, table_rows
+from experiments.report import BUSY, HEADER, encoder_text, notes, table_rows
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,17 @@ class Outcome:
     last_line: str
 
 
-def summary_text(folder: Path, around: dict[str, Any], device: str, outcomes: Sequence[Outcome]) -> str:
-    """The whole summary. What a stage did not leave is left out; a file that cannot be read is named."""
-    sections = [_opening(around, device), _stages(outcomes)]
+def summary_text(folder: Path, around: dict[str, Any], device: str, load: float, outcomes: Sequence[Outcome]) -> str:
+    """The whole summary. What a stage did not leave is left out; a file that cannot be read is named.
+
+    Args:
+        folder: of the report.
+        around: `environment()`.
+        device: its name.
+        load: the load average before the first stage.
+        outcomes: of the stages.
+    """
+    sections = [_opening(around, device, load), _stages(outcomes)]
     for pattern, section in SECTIONS.items():
         for path in sorted(folder.glob(pattern)):
             try:
@@ -34,7 +42,7 @@ def summary_text(folder: Path, around: dict[str, Any], device: str, outcomes: Se
     return "\n\n".join(sections) + "\n"
 
 
-def _opening(around: dict[str, Any], device: str) -> str:
+def _opening(around: dict[str, Any], device: str, load: float) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in around["packages"].items() if version)
     commit = around["git"] or {"commit": "unknown", "dirty": False}
     lines = [
@@ -46,6 +54,10 @@ def _opening(around: dict[str, Any], device: str) -> str:
     if not around["devices"]:
         lines.append(
             "- No GPU: the kernels' correctness on one, and the tuning, were not run. No time here is a GPU's."
+        )
+    if load > BUSY * around["cpu"]["cores"]:
+        lines.append(
+            f"- Other work ran on the machine (load {load:.1f} before the start): no time here is to be trusted."
         )
     return "\n".join(lines)
 

@@ -150,7 +150,7 @@ def test_the_summary_shows_what_every_stage_left(tmp_path: Path) -> None:
     results = sorted((ROOT / "experiments/results").glob("compile_encoder-*.json"))
     shutil.copy(results[0], tmp_path)
     outcomes = [Outcome("tuning", None, 12.3, "wrote it"), Outcome("main job", "exit status 1", 4, "WRONG")]
-    lines = summary_text(tmp_path, environment(), "Some GPU", outcomes).splitlines()
+    lines = summary_text(tmp_path, environment(), "Some GPU", 0.0, outcomes).splitlines()
     assert lines[0].startswith("# Some GPU, 20")
     for row in [
         "| tuning | ok | 12 | wrote it |",
@@ -166,9 +166,16 @@ def test_the_summary_shows_what_every_stage_left(tmp_path: Path) -> None:
 
 def test_the_summary_names_what_it_cannot_read(tmp_path: Path) -> None:
     (tmp_path / "microbenchmarks.json").write_text("{")
-    text = summary_text(tmp_path, environment(), "Some GPU", [])
+    text = summary_text(tmp_path, environment(), "Some GPU", 0.0, [])
     assert "microbenchmarks.json cannot be read: JSONDecodeError" in text
     assert "## Tuning" not in text
+
+
+def test_the_summary_says_when_the_machine_was_busy(tmp_path: Path) -> None:
+    around = environment() | {"cpu": {"cores": 8}}
+    for load, busy in [(1.9, False), (2.1, True)]:
+        text = summary_text(tmp_path, around, "Some GPU", load, [])
+        assert (f"Other work ran on the machine (load {load} before the start)" in text) == busy
 
 
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
