@@ -296,3 +296,13 @@ def test_interpreted_kernels_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(pytest.UsageError, match="TRITON_INTERPRET"):
         conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace()))
+
+
+def test_the_ceilings_move_and_multiply_what_they_say() -> None:
+    nbytes, flops, runs = comparison._ceilings(CPU)
+    with FlopCounterMode(display=False) as counter:
+        runs["matmul"]()
+    assert flops == counter.get_total_flops() > 0
+    copied: Any = runs["copy"]()
+    assert nbytes == 2 * copied.nbytes
+    assert bool((copied == 1).all())
