@@ -168,6 +168,16 @@ def _shuffle(problem: Problem, configuration: Any) -> Arguments:
     return (problem.tensor(problem.tiles, POSITIONS, problem.width)[:, :-1], GRID, GRID, 2), {}
 
 
+def _shuffle_back(problem: Problem, configuration: Any) -> Arguments:
+    return (problem.tensor(problem.tiles, (GRID // 2) ** 2, 4 * problem.width), GRID, GRID, 2), {}
+
+
+def _norm_and_shuffle(problem: Problem, configuration: Any) -> Arguments:
+    (x, *sizes), _ = _shuffle(problem, configuration)
+    weight = problem.tensor(problem.width)
+    return (x, weight, weight, *sizes, 1e-5), {}
+
+
 def _shuffle_bytes(problem: Problem) -> int:
     return 2 * problem.tensor_bytes * (POSITIONS - 1) // POSITIONS
 
@@ -244,6 +254,18 @@ OURS = (
         launcher="vit_kernels._triton.pixel_shuffle:launch",
         arguments=_shuffle,
         compulsory_bytes=_shuffle_bytes,
+    ),
+    Kernel(
+        name="pixel_shuffle backward",
+        launcher="vit_kernels._triton.pixel_shuffle:launch_backward",
+        arguments=_shuffle_back,
+        compulsory_bytes=_shuffle_bytes,
+    ),
+    Kernel(
+        name="layer_norm_pixel_shuffle",
+        launcher="vit_kernels._triton.layer_norm_pixel_shuffle:launch",
+        arguments=_norm_and_shuffle,
+        compulsory_bytes=lambda problem: _shuffle_bytes(problem) + 2 * problem.width * problem.itemsize,
     ),
 )
 

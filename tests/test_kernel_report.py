@@ -1,0 +1,335 @@
+"""experiments.kernel_report: no figure is worse than the committed one, and what the report says is right."""
+
+import copy
+import itertools
+import json
+import math
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from vit_kernels.inspection.targets import TARGETS
+
+from experiments import kernel_report, roofline
+from experiments.kernel_compilation import Case, cases_of, compile_case, run_all
+from experiments.kernel_regressions import FEWER_IS_BETTER, Row, key_of, read_report, regressions, triton_version
+from experiments.kernel_report import COMMITTED, main, make_rows
+from experiments.kernel_table import DTYPES, HEAD_DIMS, OURS, PEERS, Problem, installed_peers
+from experiments.kernel_tables import COLUMNS, cells
+
+ATTENTION = OURS[0]
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[str, Any]:
+    return read_report(COMMITTED)
+
+
+def worse_than(committed: dict[str, Any], cases: list[Case]) -> list[str]:
+    """Figures of these cases, made now, that are worse than in the committed report."""
+    if triton_version(committed) != (here := metadata.version("triton")):
+        pytest.skip(f"the committed figures are of triton {triton_version(committed)}, this is {here}")
+    return regressions(committed["rows"], make_rows(cases, jobs=len(os.sched_getaffinity(0))))
+
+
+def test_no_figure_of_a_default_configuration_got_worse(committed: dict[str, Any]) -> None:
+    attention = cases_of(ATTENTION, ["bfloat16"], HEAD_DIMS, [*TARGETS], defaults_only=True)
+    exact = cases_of(ATTENTION, ["float32"], [88], [*TARGETS], defaults_only=True)
+    others = [cases_of(kernel, ["bfloat16"], [88], [*TARGETS], defaults_only=True) for kernel in OURS[1:]]
+    assert worse_than(committed, [*attention, *exact, *itertools.chain(*others)]) == []
+
+
+@pytest.mark.thorough
+def test_no_figure_of_any_configuration_got_worse(committed: dict[str, Any]) -> None:
+    everything = [
+        case for kernel in OURS for case in cases_of(kernel, DTYPES, HEAD_DIMS, [*TARGETS], defaults_only=False)
+    ]
+    assert worse_than(committed, everything) == []
+
+
+def test_every_committed_row_is_of_a_kernel_and_configuration_that_still_exist(committed: dict[str, Any]) -> None:
+    kept = {
+        key_of({**vars(case), "configuration": dict(case.configuration)})
+        for kernel in OURS
+        for case in cases_of(kernel, DTYPES, HEAD_DIMS, [*TARGETS], defaults_only=False)
+    }
+    ours = {kernel.name for kernel in OURS}
+    assert {key_of(row) for row in committed["rows"] if row["kernel"] in ours} <= kept
+
+
+ROW: Row = {
+    "kernel": "varlen_attention",
+    "package": "vit-kernels 0.1.0",
+    "dtype": "bfloat16",
+    "head_dim": 88,
+    "target": "sm_90",
+    "configuration": {"BLOCK_M": 64, "num_warps": 4},
+    "default": True,
+    "error": None,
+    "num_warps": 4,
+    "registers": 160,
+    "spill_store_bytes": 0,
+    "spill_load_bytes": 0,
+    "shared_bytes": 40960,
+    "tensor_memory_columns": 0,
+    "ctas_per_sm": 3,
+    "matrix": ["HGMMA.64x64x16.F32.BF16", "HGMMA.64x32x16.F32.BF16"],
+    "products": 1,
+    "loads": {"16": 2},
+    "async_copies": {"8": 1, "16": 6},
+    "bulk_copies": 0,
+    "stores": {"8": 1, "16": 3},
+    "loop_instructions": 370,
+    "loop_instructions_per_64": 370.0,
+    "matrix_flops_over_dots": 1.0,
+    "flops_issued_over_useful": 1.15,
+    "bytes_requested_over_compulsory": 5.5,
+    "roofline_us": {"H100": [34.6, 99.0]},
+}
+
+
+@pytest.mark.parametrize("figure", FEWER_IS_BETTER)
+def test_a_figure_that_grew_is_reported_and_one_that_shrank_is_not(figure: str) -> None:
+    (line,) = regressions([ROW], [ROW | {figure: ROW[figure] + 0.01}])
+    assert line.startswith("varlen_attention, bfloat16, head_dim 88, sm_90, BLOCK_M=64 num_warps=4: ")
+    assert f"{figure} {ROW[figure]} -> " in line
+    assert regressions([ROW], [ROW | {figure: ROW[figure] - 0.01}]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"ctas_per_sm": 2}, "ctas_per_sm 3 -> 2"),
+        ({"loads": {"4": 1, "16": 2}}, "bytes of the narrowest load in the loop 8 -> 4"),
+        ({"async_copies": {"4": 1}}, "bytes of the narrowest load in the loop 8 -> 4"),
+        ({"stores": {"8": 7}}, "bytes of the widest store 16 -> 8"),
+        (
+            {"matrix": ["HMMA.16816.F32.BF16"]},
+            "matrix instructions HGMMA.64x64x16.F32.BF16, HGMMA.64x32x16.F32.BF16 ->",
+        ),
+        ({"matrix": []}, "-> none"),
+        ({"error": "RuntimeError: no"}, "compiled, and now: RuntimeError: no"),
+        ({"configuration": {"BLOCK_M": 32}}, "not in the committed report"),
+        ({"head_dim": 80}, "not in the committed report"),
+    ],
+)
+def test_what_else_got_worse_is_reported(change: Row, told: str) -> None:
+    (line,) = regressions([ROW], [ROW | change])
+    assert told in line
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"ctas_per_sm": 4},
+        {"async_copies": {"16": 9}},
+        {"stores": {"16": 1}},
+        {"matrix": ["HGMMA.64x128x16.F32.BF16"]},
+        {"roofline_us": {}},
+        {"configuration": {"num_warps": 4, "BLOCK_M": 64}},
+    ],
+)
+def test_what_is_no_worse_is_not_reported(change: Row) -> None:
+    assert regressions([ROW], [ROW | change]) == []
+
+
+def test_a_kernel_without_a_loop_is_compared_too() -> None:
+    plain = ROW | {"loop_instructions": None, "matrix_flops_over_dots": None, "matrix": []}
+    assert regressions([plain], [plain]) == []
+    assert len(regressions([plain], [plain | {"registers": 161}])) == 1
+
+
+def test_a_row_that_never_compiled_is_not_compared() -> None:
+    named = {name: ROW[name] for name in ("kernel", "dtype", "head_dim", "target", "configuration")}
+    assert regressions([named | {"error": "RuntimeError: no"}], [ROW]) == []
+
+
+def test_the_roofline_of_llama_4s_attention() -> None:
+    # 16 tiles of 577 tokens, 16 heads of 88: tensor- and HBM-bound at once, about 31 us each.
+    flops, nbytes = 4 * 577**2 * 88 * 16 * 16, 4 * 16 * 577 * 16 * 88 * 2
+    h100 = roofline.GPUS["H100"]
+    by_flops, _ = roofline.interval(h100, "bfloat16", matrix_flops=flops, exponentials=0, nbytes=0)
+    by_bytes, _ = roofline.interval(h100, "bfloat16", matrix_flops=0, exponentials=0, nbytes=nbytes)
+    assert by_flops == pytest.approx(30e-6, rel=0.02)
+    assert by_bytes == pytest.approx(31e-6, rel=0.02)
+    exponentials = 577**2 * 16 * 16
+    low, high = roofline.interval(h100, "bfloat16", matrix_flops=flops, exponentials=exponentials, nbytes=nbytes)
+    assert low == max(by_flops, by_bytes)
+    assert high == pytest.approx((by_flops + exponentials / h100.exponentials) / 0.6 + by_bytes / 0.8)
+
+
+@pytest.mark.parametrize("gpu", roofline.GPUS.values(), ids=list(roofline.GPUS))
+def test_a_gpus_figures_belong_together(gpu: roofline.Gpu) -> None:
+    """FLOPs a clock and multiprocessor are powers of two: 2,048 of sm_80, 4,096 of sm_90, 8,192 of sm_100."""
+    assert gpu.target in TARGETS
+    clocks = gpu.exponentials / 16
+    assert math.log2(gpu.flops["bfloat16"] / clocks) == pytest.approx(
+        {"sm_80": 11, "sm_90": 12, "sm_100": 13, "gfx942": 11}[gpu.target], abs=0.01
+    )
+    assert gpu.flops["float32"] == pytest.approx(gpu.flops["bfloat16"] / (8 if gpu.target == "gfx942" else 2), rel=0.01)
+
+
+def test_compulsory_bytes_are_those_of_the_tensors() -> None:
+    problem = Problem(88, "bfloat16", tiles=2, heads=3, device="cpu")
+    qkv = sum(part.numel() * part.element_size() for part in problem.qkv())
+    assert 3 * problem.tensor_bytes == qkv == 3 * 2 * 577 * 3 * 88 * 2
+    assert problem.table_bytes == 2 * problem.rotary_table().numel() * 4
+    assert problem.cu_seqlens().tolist() == [0, 577, 1154]
+
+
+class RefusedError(Exception):
+    pass
+
+
+def fail(case: Case) -> None:
+    raise RefusedError(case.kernel)
+
+
+def die(case: Case) -> None:
+    os._exit(3)
+
+
+CASE = Case("varlen_attention", "bfloat16", 88, "sm_90", (), default=True)
+
+
+def test_a_process_that_dies_is_an_error_that_says_what_it_did() -> None:
+    with pytest.raises(RuntimeError, match=r"making: a process died.*varlen_attention.*head_dim=88.*--jobs 1"):
+        run_all(die, [CASE], interpret=False, jobs=1, title="making")
+
+
+def test_an_error_in_a_process_is_raised() -> None:
+    with pytest.raises(RefusedError, match="varlen_attention"):
+        run_all(fail, [CASE], interpret=False, jobs=1, title="making")
+
+
+def test_a_configuration_that_does_not_compile_becomes_a_row_that_says_so() -> None:
+    good = ATTENTION.candidates(88, "bfloat16", "sm_80")[0]
+    assert good
+    bad = Case(ATTENTION.name, "bfloat16", 88, "sm_80", tuple(sorted({**good, "BLOCK_D0": 24}.items())), default=True)
+    figures = run_all(compile_case, [bad], interpret=False, jobs=1, title="compiling")[bad]
+    assert list(figures) == ["error"]
+    assert "power of 2" in figures["error"]
+    row = ROW | {"error": figures["error"]}
+    assert len(cells(row)) == len(COLUMNS)
+
+
+def test_no_peer_is_expected_where_none_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert installed_peers() == ()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "liger_kernel" or None)
+    assert {kernel.package for kernel in installed_peers()} == {"liger-kernel"}
+    assert len(installed_peers()) == len([kernel for kernel in PEERS if kernel.package == "liger-kernel"])
+
+
+def rows_of(cases: list[Case], jobs: int) -> list[Row]:
+    """In place of `make_rows`: a row a case, compiled by nothing."""
+    return [ROW | vars(case) | {"configuration": dict(case.configuration)} for case in cases]
+
+
+@pytest.fixture
+def fake_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_report, "make_rows", rows_of)
+
+
+@pytest.mark.usefixtures("fake_rows")
+def test_a_run_writes_a_table_a_report_and_a_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["--kernel", "varlen_attention", "--target", "sm_90", "--head-dim", "88", "--out", str(tmp_path)])
+    assert status == 0
+    report = read_report(tmp_path / COMMITTED.name)
+    assert {row["target"] for row in report["rows"]} == {"sm_90"}
+    assert {row["dtype"] for row in report["rows"]} == set(DTYPES)
+    assert report["environment"]["packages"]["triton"] == metadata.version("triton")
+    assert (tmp_path / COMMITTED.with_suffix(".png").name).read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "model's prediction" in printed
+    assert "H100 34.6 to 99" in printed
+
+
+@pytest.mark.usefixtures("fake_rows")
+def test_a_selection_is_made_anew_and_the_other_rows_stay(tmp_path: Path) -> None:
+    common = ["--dtype", "bfloat16", "--head-dim", "88", "--out", str(tmp_path)]
+    main([*common, "--kernel", "varlen_attention", "--kernel", "pixel_shuffle"])
+    path = tmp_path / COMMITTED.name
+    report = json.loads(path.read_text())
+    for row in report["rows"]:
+        row["registers"] = 1
+    path.write_text(json.dumps(report))
+    main([*common, "--kernel", "varlen_attention", "--target", "sm_80", "--defaults-only"])
+    for row in read_report(path)["rows"]:
+        again = (row["kernel"], row["target"], row["default"]) == ("varlen_attention", "sm_80", True)
+        assert (row["registers"] == ROW["registers"]) == again
+    assert len(read_report(path)["rows"]) == len(report["rows"])
+
+
+@pytest.mark.usefixtures("fake_rows")
+@pytest.mark.parametrize("selection", [[], ["--kernel", "pixel_shuffle"]])
+def test_figures_of_two_versions_of_triton_are_not_mixed(
+    tmp_path: Path, selection: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = {"experiment": "kernel_report", "environment": {"packages": {"triton": "3.0.0"}}, "rows": [ROW]}
+    path = tmp_path / COMMITTED.name
+    path.write_text(json.dumps(old))
+    if selection:
+        with pytest.raises(SystemExit, match="2"):
+            main([*selection, "--out", str(tmp_path)])
+        assert "is of triton 3.0.0: give another --out, or select nothing" in capsys.readouterr().err
+    else:
+        main(["--out", str(tmp_path)])
+        assert ROW not in read_report(path)["rows"]
+
+
+def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, registers: int) -> int:
+    cases = cases_of(ATTENTION, ["bfloat16"], [88], ["sm_90"], defaults_only=True)
+    rows = [row | {"registers": registers} for row in rows_of(cases, jobs=1)]
+    report = {"experiment": "kernel_report", "environment": {"packages": {"triton": version}}, "rows": rows}
+    path = tmp_path / "committed.json"
+    path.write_text(json.dumps(report))
+    monkeypatch.setattr(kernel_report, "COMMITTED", path)
+    selection = ["--kernel", ATTENTION.name, "--dtype", "bfloat16", "--head-dim", "88", "--target", "sm_90"]
+    return main([*selection, "--defaults-only", "--check"])
+
+
+@pytest.mark.usefixtures("fake_rows")
+@pytest.mark.parametrize(("registers", "status"), [(159, 1), (160, 0), (161, 0)])
+def test_the_check_fails_on_what_is_worse(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, registers: int, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(monkeypatch, tmp_path, metadata.version("triton"), registers) == status
+    assert ("WORSE: varlen_attention" in capsys.readouterr().out) == (status == 1)
+
+
+@pytest.mark.usefixtures("fake_rows")
+def test_the_check_refuses_another_version_of_triton(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        check(monkeypatch, tmp_path, "3.0.0", 160)
+    assert "the committed report is of triton 3.0.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"experiment": "compile_encoder", "environment": {"packages": {}}}'])
+def test_a_file_that_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="expected a report of"):
+        read_report(path)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--kernel", "softmax"], ["--head-dim", "87"], ["--dtype", "int8"], ["--target", "sm_70"]]
+)
+def test_an_unknown_selection_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert f"invalid choice: {arguments[1]!r}".replace("'87'", "87") in capsys.readouterr().err
+
+
+def test_the_figure_and_the_table_take_every_committed_row(committed: dict[str, Any], tmp_path: Path) -> None:
+    rows = copy.deepcopy(committed["rows"])
+    assert all(len(cells(row)) == len(COLUMNS) for row in rows)
+    kernel_report.draw(rows, tmp_path / "figure.png")
+    kernel_report.print_report(Console(file=(tmp_path / "table").open("w"), width=200), committed, rows)
