@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -200,9 +201,9 @@ def mutate_dtype(module: Scaled) -> None:
     module.linear.double()
 
 
-def mutate_data(module: Scaled) -> None:
-    module.linear.weight.data = torch.ones(3, 4).double()
-    module.linear.bias.data = torch.ones(3).double()
+def mutate_one_parameter(module: Scaled) -> None:
+    module.linear.weight = nn.Parameter(module.linear.weight.detach().double())
+    module.linear.bias = nn.Parameter(module.linear.bias.detach().double())
 
 
 def mutate_strides(module: Scaled) -> None:
@@ -252,7 +253,7 @@ def test_what_was_replaced_is_what_runs(mutate: Any, recompiles: bool, backend: 
     assert (compilation_counter.recompiles > before) is recompiles
 
 
-@pytest.mark.parametrize("mutate", [mutate_dtype, mutate_data])
+@pytest.mark.parametrize("mutate", [mutate_dtype, mutate_one_parameter])
 def test_a_part_of_another_dtype_never_runs_the_old_code(mutate: Any) -> None:
     ran: list[int] = []
 
@@ -271,6 +272,30 @@ def test_a_part_of_another_dtype_never_runs_the_old_code(mutate: Any) -> None:
         mutate(module)
         module(rows())
     assert ran[1] == ran[0] + 1
+
+
+@torch.no_grad()
+def test_a_single_element_of_the_same_value_but_another_dtype() -> None:
+    module = Scaled(CompilationConfig(compile_mm_encoder=True, backend=lambda graph, inputs: graph.forward))
+    module.norm = nn.LayerNorm(1)
+    module.linear = nn.Linear(4, 1)
+    module(rows())
+    module.norm.weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    with compilation_counter.expect(recompiles=1), pytest.raises(RuntimeError, match="mixed dtype"):
+        module(rows())
+
+
+def test_parameters_are_let_go() -> None:
+    module = Scaled()
+    assert_right(module, rows())
+    replaced, last = weakref.ref(module.linear.weight), weakref.ref(module.linear.bias)
+    module.linear.weight = nn.Parameter(torch.randn(3, 4))
+    assert_right(module, rows())
+    gc.collect()
+    assert replaced() is None
+    del module
+    gc.collect()
+    assert last() is None
 
 
 def test_a_module_moved_as_a_whole_and_back() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import operator
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -26,6 +28,7 @@ _ISOLATED: dict[str, Any] = (
     {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 )
 
+_graphs = itertools.count()
 _dumps = itertools.count()
 
 
@@ -36,10 +39,11 @@ class StaleGraphError(Exception):
 class CompiledModule:
     """The compiled calls of `module` under `config`; a copied or unpickled module gets a new one.
 
-    Dynamo guards each parameter separately, which takes most of a call (34 layers: 123 us of guards, 26 us without).
-    One `TensorGuards` of all of them checks the same (type, dtype, device, shape, strides, requires_grad) in a sixth of
-    the time, on the very tensors that the graph is about to read; it also sees `parameter.data = ...`, which
-    Dynamo's guards do not. The other guards stay Dynamo's.
+    Dynamo guards each parameter separately, which takes most of a call (34 layers: 123 us with guards, 26 us without).
+    Here the tensors that the graph is about to read are compared with those of the last call, all at once; where
+    one is another object, or any module was moved or cast, one `TensorGuards` checks the same of all of them (type,
+    dtype, device, shape, strides, requires_grad). The other guards stay Dynamo's. `parameter.data = ...` by hand is
+    seen by neither.
     """
 
     def __init__(self, module: nn.Module, config: CompilationConfig, tag: ModelTag) -> None:
@@ -49,6 +53,7 @@ class CompiledModule:
         self.tag = tag
         self.ranges = config.ranges(tag.is_encoder)
         self.calls: dict[int, Callable[..., Any]] = {}
+        self.seen: dict[int, tuple[Tensor, ...]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(None), ())
@@ -78,7 +83,7 @@ class CompiledModule:
             return self.calls[index](*args, **kwargs)
 
     def _compile(self) -> Callable[..., Any]:
-        backend = _Backend(self.config, self.tag.name)
+        backend = _Backend(self.config, self.tag.name, weakref.ref(self))
         options: dict[str, Any] = {"guard_filter_fn": backend.keep}
         call = self.module._call_impl
         return torch.compile(call, backend=backend, fullgraph=True, options=options, **_ISOLATED)
@@ -87,9 +92,10 @@ class CompiledModule:
 class _Backend:
     """Counts, caches and dumps around the real backend, and the check of the parameters."""
 
-    def __init__(self, config: CompilationConfig, tag: str) -> None:
+    def __init__(self, config: CompilationConfig, tag: str, owner: weakref.ref[CompiledModule]) -> None:
         self.config = config
         self.tag = tag
+        self.owner = owner
         self.graphs = 0
         self.checked: set[str] = set()
 
@@ -104,7 +110,7 @@ class _Backend:
         names = [source.name if source is not None else "" for source in sources]
         indices = [index for index, name in enumerate(names) if "._parameters[" in name or "._buffers[" in name]
         self.checked.update(names[index] for index in indices)
-        return _checking(self._compile(graph, example_inputs, options), indices)
+        return _checking(self._compile(graph, example_inputs, options), indices, self.owner, next(_graphs))
 
     def keep(self, entries: list[Any]) -> list[bool]:
         """Which of Dynamo's guards stay: all but those on tensors that are checked here."""
@@ -154,22 +160,71 @@ def _size_oblivious_views() -> Iterator[None]:
         yield
 
 
-def _checking(compiled: Callable[..., Any], indices: list[int]) -> Callable[..., Any]:
-    """`compiled`, behind a check that the tensors at `indices` are what they were at the first call."""
+class _Moves:
+    """How often this process has moved or cast a module, which changes its parameters in place."""
+
+    count = 0
+
+
+@functools.cache
+def _count_moves() -> None:
+    apply = nn.Module._apply
+
+    @functools.wraps(apply)
+    def counting(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        try:
+            return apply(self, *args, **kwargs)
+        finally:
+            _Moves.count += 1
+
+    nn.Module._apply = counting  # type: ignore[method-assign]
+
+
+def _checking(
+    compiled: Callable[..., Any], indices: list[int], owner: weakref.ref[CompiledModule], number: int
+) -> Callable[..., Any]:
+    """`compiled`, behind a check that the tensors at `indices` are what they were at the first call.
+
+    The very objects of the last call need no second look, unless a module was moved or cast since.
+    """
     if not indices:
         return compiled
+    _count_moves()
     pick = operator.itemgetter(*indices) if len(indices) > 1 else operator.itemgetter(slice(indices[0], indices[0] + 1))
     check: Callable[..., bool] | None = None
+    small: list[int] = []
+    moves = -1
 
     def call(*args: Any) -> Any:
-        nonlocal check
+        nonlocal check, small, moves
         tensors: tuple[Tensor, ...] = pick(args)
-        if check is None:
-            sizes: list[Any] = [list(x.shape) for x in tensors]
-            strides: list[Any] = [list(x.stride()) for x in tensors]
-            check = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-        if not check(*tensors):
-            raise StaleGraphError
+        # Their owner keeps them: this closure outlives it in Dynamo's cache.
+        module = owner()
+        if module is None or moves != _Moves.count or not _are(tensors, module.seen.get(number, ()), small):
+            moves = _Moves.count
+            if check is None:
+                check, small = _tensor_guards(tensors), [i for i, x in enumerate(tensors) if x.numel() < 2]
+            if not check(*tensors):
+                raise StaleGraphError
+            if module is not None:
+                module.seen[number] = tensors
         return compiled(*args)
 
     return call
+
+
+def _are(tensors: tuple[Tensor, ...], seen: tuple[Tensor, ...], small: list[int]) -> bool:
+    """Whether these are the same objects: tuples compare identity first, in C.
+
+    Where it differs they compare values, of which only those of a `small` tensor's one element have a truth.
+    """
+    try:
+        return tensors == seen and all(tensors[index] is seen[index] for index in small)
+    except Exception:
+        return False
+
+
+def _tensor_guards(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
+    sizes: list[Any] = [list(x.shape) for x in tensors]
+    strides: list[Any] = [list(x.stride()) for x in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
