@@ -91,8 +91,7 @@ def _row(encoder: str, shapes: str, tiles: int) -> dict[str, Any]:
 
 
 def _generate(encoder: str, shapes: str, tiles: int, layers: int) -> Generated:
-    with fake_cuda(torch.bfloat16):
-        forward = ENCODERS[encoder](layers)
+    with fake_cuda(torch.bfloat16), ENCODERS[encoder](layers) as forward:
         pixel_values = torch.empty(tiles, 3, 336, 336, device="cuda")
         return generate_cuda_code(forward, pixel_values, dynamic_tiles=shapes == "dynamic")
 

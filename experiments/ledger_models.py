@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from vit_encoder import Llama4VisionConfig, Llama4VisionModel
-from vit_kernels import force_impl
+from vit_encoder.llama4 import model
+from vit_kernels import force_impl, rotary_2d
 
 from experiments.peers import transformers_vision_model
+
+Forward = Callable[[Tensor], Tensor]
 
 _library = torch.library.Library("graph_ledger", "DEF")
 _library.define("flash_attention(Tensor q, Tensor k, Tensor v) -> Tensor")
@@ -26,33 +31,40 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 torch.library.register_fake("graph_ledger::flash_attention", lambda q, k, v: q.new_empty(q.shape), lib=_library)
 
 
-def ours(layers: int) -> Llama4VisionModel:
+@contextlib.contextmanager
+def ours(layers: int) -> Iterator[Forward]:
     """Llama 4 Scout's encoder with that many layers, on its Triton ops."""
-    with torch.device("cuda"):
-        return Llama4VisionModel(replace(Llama4VisionConfig.scout(), num_hidden_layers=layers))
+    yield _encoder(layers)
 
 
-def ours_on_pytorch(layers: int) -> Callable[[Tensor], Tensor]:
-    """The same encoder with PyTorch bodies for everything but attention."""
-    model = ours(layers)
-
-    def forward(pixel_values: Tensor) -> Tensor:
-        with force_impl("eager"):
-            return model(pixel_values)
-
-    return forward
+@contextlib.contextmanager
+def ours_on_pytorch(layers: int) -> Iterator[Forward]:
+    """The same encoder with PyTorch bodies that Inductor can fuse, for everything but attention."""
+    # The in-place rotary is an operator in every implementation.
+    with force_impl("eager"), mock.patch.object(model, "rotated", _rotated):
+        yield _encoder(layers)
 
 
-def transformers(layers: int) -> Callable[[Tensor], Tensor]:
+@contextlib.contextmanager
+def transformers(layers: int) -> Iterator[Forward]:
     """transformers' Llama4VisionModel, with one opaque call where its flash attention calls flash-attn."""
-    model = ours(layers)
     with torch.device("cuda"):
-        peer: Any = transformers_vision_model(model)
+        peer: Any = transformers_vision_model(_encoder(layers))
     from transformers import AttentionInterface
 
     AttentionInterface.register("graph_ledger", _attention_of_transformers)
     peer.config._attn_implementation = "graph_ledger"
-    return lambda pixel_values: peer(pixel_values=pixel_values).last_hidden_state
+    yield lambda pixel_values: peer(pixel_values=pixel_values).last_hidden_state
+
+
+def _encoder(layers: int) -> Llama4VisionModel:
+    with torch.device("cuda"):
+        return Llama4VisionModel(replace(Llama4VisionConfig.scout(), num_hidden_layers=layers))
+
+
+def _rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv.chunk(3, dim=1)
+    return *rotary_2d(q, k, cos, sin), v
 
 
 def _attention_of_transformers(
@@ -62,8 +74,9 @@ def _attention_of_transformers(
     return flash_attention(q, k, v), None
 
 
-ENCODERS: dict[str, Callable[[int], Callable[[Tensor], Tensor]]] = {
+ENCODERS: dict[str, Callable[[int], contextlib.AbstractContextManager[Forward]]] = {
     "ours": ours,
     "ours, PyTorch ops": ours_on_pytorch,
     "transformers": transformers,
 }
+"""Each holds while the encoder is traced."""

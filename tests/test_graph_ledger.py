@@ -58,6 +58,7 @@ def test_a_layer_takes_six_launches_and_a_quarter_of_the_bytes_less_than_transfo
     assert layers["ours"]["bytes"] <= 0.75 * layers["transformers"]["bytes"]
     assert layers["ours"]["gemm"] == 4
     assert layers["transformers"]["gemm"] == 6
+    assert layers["transformers"]["launches"] == 16
 
 
 def test_both_encoders_do_the_same_products(layers: dict[str, dict[str, Any]]) -> None:
