@@ -218,7 +218,10 @@ def test_on_a_gpu_the_folder_has_its_name_and_a_failed_stage_fails_the_report(
     assert "| main job | ok | 1 |  |" in summary
 
 
-def test_a_folder_with_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_report, "run_stages", lambda stages, folder: [])
     (tmp_path / "old.json").touch()
     with pytest.raises(SystemExit) as exited:
         gpu_report.main(["--out", str(tmp_path)])
