@@ -102,7 +102,7 @@ def _backward_through(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
 
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
         # The kernel reads the last dimension as one run; autograd's gradients may be expanded.
-        grads = [grad for grad in (grad_q, grad_k)]
+        grads = [grad if grad.stride(-1) == 1 else grad.contiguous() for grad in (grad_q, grad_k)]
         op = getattr(torch.ops.vit_kernels, name).default
         return *op(*grads, *ctx.saved_tensors, ctx.interleaved, ctx.impl), None, None, None, None
 
