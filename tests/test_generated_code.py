@@ -61,6 +61,6 @@ def test_attention_reads_views_of_the_projection_that_was_rotated(generated: dic
 
 def test_the_class_token_is_dropped_without_a_copy(generated: dict[str, Any]) -> None:
     kernels = [launch["kernel"] for launch in generated["launches"]]
-    i = kernels.index("vit_kernels::layer_norm_pixel_shuffle")
+    i = kernels.index("vit_kernels::pixel_shuffle")
     assert generated["launches"][i - 1]["region"], "the last layer"
     assert kernels[i + 1] == "aten::mm", "the adapter"

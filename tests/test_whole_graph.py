@@ -229,7 +229,7 @@ def test_the_cuda_path_is_one_graph_that_calls_our_ops() -> None:
         assert count(graphs[0]) == {
             "vit_kernels.varlen_attention.default": 34,
             "vit_kernels.rotary_2d_qkv_.default": 34,
-            "vit_kernels.layer_norm_pixel_shuffle.default": 1,
+            "vit_kernels.pixel_shuffle.default": 1,
         }, count(graphs[0])
         print("one graph")
     """

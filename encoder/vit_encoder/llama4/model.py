@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from vit_kernels import layer_norm_pixel_shuffle, rotary_2d, rotary_2d_qkv_, varlen_attention
+from vit_kernels import pixel_shuffle, rotary_2d, rotary_2d_qkv_, varlen_attention
 
 from vit_encoder.compilation import CompilationConfig, support_torch_compile
 from vit_encoder.llama4.checkpoint import projector_tensors, read_tensors, vision_tensors
@@ -66,12 +66,31 @@ class EncoderLayer(nn.Module):
         self.norm_2 = nn.LayerNorm(config.hidden_size)
         self.mlp = MLP(config)
 
+    def forward(
+        self, x: Tensor, normed: Tensor, next_norm: tuple[Tensor, Tensor], cu_seqlens: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x and norm_1(x) -> the new x and the next layer's norm of it, all [tokens, hidden].
+
+        The next norm is computed here because a compiler fuses it with the last addition, but nothing across regions.
+
+        Args:
+            next_norm: its weight and bias [hidden].
+            cu_seqlens: [tiles + 1].
+            cos, sin: [577, head_dim // 2].
+        """
+        # Inductor of torch 2.13 gets gradients around regions wrong.
+        block = self._block if torch.is_grad_enabled() else self._region
+        return block(x, normed, next_norm, cu_seqlens, cos, sin)
+
+    def _block(
+        self, x: Tensor, normed: Tensor, next_norm: tuple[Tensor, Tensor], cu_seqlens: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x = x + self.attention(normed, cu_seqlens, cos, sin)  # [tokens, hidden]
+        x = x + self.mlp(self.norm_2(x))  # [tokens, hidden]
+        return x, F.layer_norm(x, x.shape[-1:], *next_norm, self.norm_1.eps)
+
     # Compiled once and called by every layer of the one graph.
-    @torch.compiler.nested_compile_region
-    def forward(self, x: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Shapes: x [tokens, hidden], cu_seqlens [tiles + 1], cos and sin [577, head_dim // 2] -> [tokens, hidden]."""
-        x = x + self.attention(self.norm_1(x), cu_seqlens, cos, sin)
-        return x + self.mlp(self.norm_2(x))
+    _region = torch.compiler.nested_compile_region(_block)
 
 
 class Adapter(nn.Module):
@@ -140,11 +159,12 @@ class Llama4VisionModel(nn.Module):
         if cu_seqlens is None:
             cu_seqlens = tokens * torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device)  # [tiles + 1]
         x = x.flatten(0, 1)  # [tiles * 577, hidden]
-        for layer in self.layers:
-            x = layer(x, cu_seqlens, self.rotary.cos, self.rotary.sin)  # [tiles * 577, hidden]
-        x = x.unflatten(0, (-1, tokens))[:, :-1]  # [tiles, 576, hidden]
-        norm, grid = self.norm_post, (config.grid, config.grid, config.shuffle_factor)
-        x = layer_norm_pixel_shuffle(x, norm.weight, norm.bias, *grid, norm.eps)  # [tiles, 144, intermediate]
+        norms: list[nn.LayerNorm] = [*(layer.norm_1 for layer in self.layers), self.norm_post]  # type: ignore[list-item]
+        normed = norms[0](x)  # [tiles * 577, hidden]
+        for layer, norm in zip(self.layers, norms[1:], strict=True):
+            x, normed = layer(x, normed, (norm.weight, norm.bias), cu_seqlens, self.rotary.cos, self.rotary.sin)
+        x = normed.unflatten(0, (-1, tokens))[:, :-1]  # [tiles, 576, hidden]
+        x = pixel_shuffle(x, config.grid, config.grid, config.shuffle_factor)  # [tiles, 144, intermediate]
         return self.adapter(x)  # [tiles, 144, vision_output_dim]
 
     @classmethod
