@@ -13,7 +13,8 @@ from vit_kernels.testing import corrected_interpreter, nan_filled_empty
 from vit_kernels.testing.strategies import dtypes
 
 IMPLEMENTATIONS = ("eager", "triton")
-FORMS = (*IMPLEMENTATIONS, "compiled eager", "compiled triton")
+COMPILED_FORMS = ("compiled eager", "compiled triton")
+FORMS = (*IMPLEMENTATIONS, *COMPILED_FORMS)
 
 
 def run(form: str, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

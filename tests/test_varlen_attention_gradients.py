@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from vit_kernels import force_impl, varlen_attention
 from vit_kernels.testing import assert_close_to_reference, corrected_interpreter, nan_filled_empty, seeded_tensor
 from vit_kernels.testing.strategies import COMMON_HEAD_DIMS, dtypes, seeds
 
-from tests.support import FORMS, IMPLEMENTATIONS, assert_same_bits, dtypes_of, run
+from tests.support import COMPILED_FORMS, IMPLEMENTATIONS, assert_same_bits, dtypes_of, run
 from tests.test_varlen_attention import (
     BOUNDARY_LENGTHS,
     OPCHECK_CASES,
@@ -37,6 +37,27 @@ def expected_gradients(case: Case, grad: Tensor, dtype: torch.dtype, scale: floa
     return list(torch.autograd.grad(outs, inputs, grads))
 
 
+def pytorch_gradients(case: Case, grad: Tensor, expected: list[Tensor], scale: float | None = None) -> list[Tensor]:
+    """Of q, k, v, in their dtype.
+
+    Of four orders of channels and keys, which mean the same, each element is taken from the one farthest off: the
+    rounding of a single order may by luck cancel.
+    """
+    worst = [x.to(case.q.dtype, copy=True) for x in expected]
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        channels = torch.randperm(case.q.shape[2], generator=generator)
+        keys = torch.cat([r.start + torch.randperm(r.stop - r.start, generator=generator) for r in case.rows_k()])
+        keys = torch.cat([keys, torch.arange(len(keys), len(case.k))])
+        shuffled = case._replace(q=case.q[..., channels], k=case.k[keys][..., channels], v=case.v[keys])
+        grad_q, grad_k, grad_v = expected_gradients(shuffled, grad, case.q.dtype, scale)
+        grads = grad_q[..., channels.argsort()], grad_k[keys.argsort()][..., channels.argsort()], grad_v[keys.argsort()]
+        for i, (x, wanted) in enumerate(zip(grads, expected, strict=True)):
+            farther = (x.double() - wanted).abs() > (worst[i].double() - wanted).abs()
+            worst[i] = torch.where(farther, x, worst[i])
+    return worst
+
+
 def attend_and_differentiate(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float | None
 ) -> tuple[Tensor, ...]:
@@ -59,15 +80,13 @@ def gradients(form: str, case: Case, grad: Tensor, scale: float | None = None) -
         return torch.autograd.grad(out, inputs, grad)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@given(data=st.data(), scale=st.none() | st.floats(0.01, 0.5))
-def test_matches_fp64(form: str, data: st.DataObject, scale: float | None) -> None:
+def assert_gradients_match(form: str, data: st.DataObject, scale: float | None) -> None:
     # float64 has gradcheck.
     case = data.draw(cases(data.draw(dtypes()), max_total=50))
     grad = seeded_tensor(case.q.shape, case.q.dtype, data.draw(seeds()))
     actual = gradients(form, case, grad, scale)
     expected = expected_gradients(case, grad, torch.float64, scale)
-    for x, wanted, pytorch in zip(actual, expected, expected_gradients(case, grad, case.q.dtype, scale), strict=True):
+    for x, wanted, pytorch in zip(actual, expected, pytorch_gradients(case, grad, expected, scale), strict=True):
         assert_close_to_reference(x, wanted, pytorch)
         assert x.is_contiguous()
     for storage in case.padded:
@@ -75,6 +94,19 @@ def test_matches_fp64(form: str, data: st.DataObject, scale: float | None) -> No
     for x, cu in ((actual[0], case.cu_seqlens), *((x, case.cu_seqlens_k) for x in actual[1:])):
         end = int((case.cu_seqlens if cu is None else cu)[-1])
         assert not x[end:].any(), "tokens of no sequence"
+
+
+@pytest.mark.parametrize("form", IMPLEMENTATIONS)
+@given(data=st.data(), scale=st.none() | st.floats(0.01, 0.5))
+def test_matches_fp64(form: str, data: st.DataObject, scale: float | None) -> None:
+    assert_gradients_match(form, data, scale)
+
+
+@pytest.mark.parametrize("form", COMPILED_FORMS)
+@settings(max_examples=6)
+@given(data=st.data(), scale=st.none() | st.floats(0.01, 0.5))
+def test_matches_fp64_inside_a_compiled_graph(form: str, data: st.DataObject, scale: float | None) -> None:
+    assert_gradients_match(form, data, scale)
 
 
 @given(
@@ -97,15 +129,15 @@ def test_lengths_around_the_blocks(length: int, length_k: int, head_dim: int, dt
     both = Case(q, k, v, boundaries([length, 70]), boundaries([length_k, 70]), ())
     alone = Case(q[:length], k[:length_k], v[:length_k], boundaries([length]), boundaries([length_k]), ())
     actual = gradients("triton", alone, grad[:length])
-    expected = (expected_gradients(alone, grad[:length], precision) for precision in (torch.float64, dtype))
-    for x, wanted, pytorch in zip(actual, *expected, strict=True):
+    expected = expected_gradients(alone, grad[:length], torch.float64)
+    for x, wanted, pytorch in zip(actual, expected, pytorch_gradients(alone, grad[:length], expected), strict=True):
         assert_close_to_reference(x, wanted, pytorch)
     for x, wanted in zip(gradients("triton", both, grad), actual, strict=True):
         assert_same_bits(x[: len(wanted)], wanted)
 
 
 @pytest.mark.parametrize("form", IMPLEMENTATIONS)
-@given(heads=grouped_heads, dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=seeds())
+@given(heads=grouped_heads, dtype=st.sampled_from([torch.float16, torch.bfloat16]), seed=seeds())
 def test_the_log_sum_exp_has_a_gradient(form: str, heads: tuple[int, int], dtype: torch.dtype, seed: int) -> None:
     case = self_attention([20, 17], *heads, 24, dtype, seed)
     grad_lse = seeded_tensor((heads[0], 37), torch.float32, seed + 9)
