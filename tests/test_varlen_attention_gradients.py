@@ -109,6 +109,7 @@ def test_matches_fp64_inside_a_compiled_graph(form: str, data: st.DataObject, sc
     assert_gradients_match(form, data, scale)
 
 
+@settings(max_examples=10)
 @given(
     length=st.sampled_from(BOUNDARY_LENGTHS),
     length_k=st.sampled_from(BOUNDARY_LENGTHS),
@@ -163,6 +164,7 @@ def test_the_log_sum_exp_has_a_gradient(form: str, heads: tuple[int, int], dtype
 
 
 @pytest.mark.parametrize("form", IMPLEMENTATIONS)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_a_batch_gives_each_sequence_the_gradients_it_has_alone(form: str, data: st.DataObject) -> None:
     case = data.draw(cases(data.draw(dtypes_of(form)), max_total=50))
