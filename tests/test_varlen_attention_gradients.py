@@ -138,6 +138,7 @@ def test_lengths_around_the_blocks(length: int, length_k: int, head_dim: int, dt
 
 
 @pytest.mark.parametrize("form", IMPLEMENTATIONS)
+@settings(max_examples=6)
 @given(heads=grouped_heads, dtype=st.sampled_from([torch.float16, torch.bfloat16]), seed=seeds())
 def test_the_log_sum_exp_has_a_gradient(form: str, heads: tuple[int, int], dtype: torch.dtype, seed: int) -> None:
     case = self_attention([20, 17], *heads, 24, dtype, seed)
