@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -224,6 +225,13 @@ def test_a_damaged_file_is_named_and_left_alone(
     assert exited.value.code == 2
     assert f"{gpu}: got no file of tuned configurations" in capsys.readouterr().err
     assert gpu.read_text() == content
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_file_is_named_at_the_launch_too(gpu: Path, content: str) -> None:
+    gpu.write_text(content)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(gpu))}: expected tuned configurations"):
+        preferred("varlen_attention", 88, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("gpu", "unprepared")

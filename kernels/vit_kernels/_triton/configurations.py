@@ -149,5 +149,10 @@ def _tuned(target: str, device: int) -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {}
     path = tuned_file(torch.cuda.get_device_name(device))
-    tuned = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return tuned["configurations"] if tuned.get("target") == target else {}
+    if not path.exists():
+        return {}
+    try:
+        tuned = json.loads(path.read_text(encoding="utf-8"))
+        return tuned["configurations"] if tuned["target"] == target else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected tuned configurations as experiments.tune writes them: {error}") from error
