@@ -332,4 +332,9 @@ def test_the_figure_and_the_table_take_every_committed_row(committed: dict[str, 
     rows = copy.deepcopy(committed["rows"])
     assert all(len(cells(row)) == len(COLUMNS) for row in rows)
     kernel_report.draw(rows, tmp_path / "figure.png")
-    kernel_report.print_report(Console(file=(tmp_path / "table").open("w"), width=200), committed, rows)
+    with (tmp_path / "table").open("w+") as table:
+        kernel_report.print_report(Console(file=table, width=200), committed, rows)
+        table.seek(0)
+        text = table.read()
+    assert all(row["kernel"].split()[0] in text for row in rows)
+    assert (tmp_path / "figure.png").stat().st_size > 0

@@ -41,7 +41,7 @@ _BEYOND_128_COLUMNS: dict[str, list[Blocks]] = {
 }
 _FLOAT32: dict[str, list[Blocks]] = {
     "cuda": [(16, 32, 4, 2), (16, 16, 4, 2), (16, 64, 4, 2)],
-    "gfx9": [(32, 32, 4, 2), (16, 32, 4, 2), (16, 64, 4, 2)],
+    "gfx9": [(32, 32, 4, 2), (16, 32, 4, 2), (32, 16, 4, 2)],
 }
 _FLOAT32_BEYOND_128_COLUMNS: list[Blocks] = [(16, 16, 8, 2)]
 
