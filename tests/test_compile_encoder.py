@@ -154,14 +154,15 @@ def test_a_mistake_of_the_compiler_alone_is_not_timed(tmp_path: Path, monkeypatc
     def gelu(x: Tensor) -> Tensor:
         return F.gelu(x) * (1.001 if torch.compiler.is_compiling() else 1.0)
 
-    monkeypatch.setattr("vit_encoder.llama4.model.F", SimpleNamespace(gelu=gelu))
+    monkeypatch.setattr("vit_encoder.llama4.model.F", SimpleNamespace(gelu=gelu, layer_norm=F.layer_norm))
     result = run(tmp_path, code=1)
     assert_wrong(result, "compiled")
     assert "with 1 tile(s) compiled and eager features differ" in result["tile_counts"]["problem"]
 
 
 def test_nan_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vit_encoder.llama4.model.F", SimpleNamespace(gelu=lambda x: F.gelu(x) * float("nan")))
+    broken = SimpleNamespace(gelu=lambda x: F.gelu(x) * float("nan"), layer_norm=F.layer_norm)
+    monkeypatch.setattr("vit_encoder.llama4.model.F", broken)
     result = run(tmp_path, code=1)
     assert_wrong(result, "eager", "compiled")
     assert "RMS error nan" in rows(result)["eager"]["problem"]
