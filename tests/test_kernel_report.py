@@ -338,3 +338,22 @@ def test_the_figure_and_the_table_take_every_committed_row(committed: dict[str, 
         text = table.read()
     assert all(row["kernel"].split()[0] in text for row in rows)
     assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_kept_configuration_of_attention_in_bf16_is_clean(
+    committed: dict[str, Any], target: str, head_dim: int
+) -> None:
+    rows = [row for row in committed["rows"] if (row["kernel"], row["dtype"]) == ("varlen_attention", "bfloat16")]
+    rows = [row for row in rows if (row["target"], row["head_dim"]) == (target, head_dim)]
+    assert len(rows) >= 3
+    for row in rows:
+        assert row["spill_store_bytes"] == row["spill_load_bytes"] == row["stack_bytes"] == 0
+        assert {*row["loads"], *row["async_copies"]} == {"16"}
+        assert row["matrix_flops_over_dots"] == 1, "warps repeat each other's work"
+        assert row["ctas_per_sm"] >= 1
+        assert "sm" not in target or "16" in row["stores"]
+        if target == "sm_90" and row["num_warps"] == 8:
+            assert row["loop_instructions_per_64"] <= 380
+    assert target != "sm_90" or max(row["ctas_per_sm"] for row in rows) >= 2
