@@ -50,6 +50,7 @@ _GRAD_Q: dict[str, list[Blocks]] = {
     "gfx9": [(64, 32, 2, 1), (32, 32, 1, 1)],
 }
 _GRAD_KV: dict[str, list[Blocks]] = {
+    "sm_80": [(32, 32, 4, 2)],
     "cuda": [(32, 64, 4, 2), (32, 32, 4, 2)],
     "gfx9": [(32, 64, 2, 1), (32, 32, 1, 1)],
 }
@@ -96,7 +97,7 @@ def _blocks(kernel: str, head_dim: int, dtype: torch.dtype, target: str) -> list
     if kernel == "grad_q":
         return [(16, 16, 4, 2)] if dtype == torch.float32 or head_dim > 128 else _GRAD_Q[backend]
     if kernel == "grad_kv":
-        return [(32, 16, 4, 2)] if dtype == torch.float32 or head_dim > 128 else _GRAD_KV[backend]
+        return [(32, 16, 4, 2)] if dtype == torch.float32 or head_dim > 128 else _GRAD_KV.get(family, _GRAD_KV[backend])
     if dtype == torch.float32:
         return _FLOAT32_BEYOND_128_COLUMNS if head_dim > 128 else _FLOAT32[backend]
     if head_dim > 128:
