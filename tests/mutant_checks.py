@@ -6,8 +6,9 @@ between and around the elements of an input is NaN.
 
 import functools
 import importlib
-import signal
+import multiprocessing
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from vit_kernels.testing import (
 
 from tests.mutants import Mutant, installed
 
-SECONDS_OF_A_CHECK = 120
+SECONDS_OF_A_MUTANT = 120
 """Where a mutant loops without end; an intact check takes one or two."""
 
 FAR = 2**30
@@ -466,26 +467,37 @@ CHECKS: dict[str, tuple[Callable[[], None], ...]] = {
 
 
 def killer(mutant: Mutant) -> str | None:
-    """The first check that a mutant fails, in any way; one that does not end in time has failed."""
+    """The first check that a mutant fails, in any way; one that does not end in time, or crashes, has failed.
 
-    def stop(*args: object) -> None:
-        raise TimeoutError
+    In a process of its own: a mutant may leave the interpreter, or memory, in a state in which every check fails.
+    """
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_report_killer, args=(mutant, theirs))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(SECONDS_OF_A_MUTANT) else "too slow"
+    except EOFError:
+        return "crashed"
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
 
-    previous = signal.signal(signal.SIGALRM, stop)
+
+def _report_killer(mutant: Mutant, report: Connection) -> None:
     try:
         with installed(mutant):
-            return next((check.__name__ for check in CHECKS[mutant.module] if _fails(check)), None)
-    finally:
-        signal.signal(signal.SIGALRM, previous)
+            name = next((check.__name__ for check in CHECKS[mutant.module] if _fails(check)), None)
+    except Exception as error:
+        name = f"{type(error).__name__} at import"
+    report.send(name)
 
 
 def _fails(check: Callable[[], None]) -> bool:
-    signal.setitimer(signal.ITIMER_REAL, SECONDS_OF_A_CHECK)
     try:
         with corrected_interpreter():
             check()
     except Exception:
         return True
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
     return False
