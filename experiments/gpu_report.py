@@ -144,7 +144,13 @@ def run_stage(stage: Stage, seconds: float, log: Path) -> Outcome:
     pipe = subprocess.PIPE
     # A session of its own, so that what the stage starts ends with it.
     with subprocess.Popen(
-        command, cwd=ROOT, env=variables, stdout=pipe, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=variables,
+        stdout=pipe,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=_heed_interrupts,
     ) as process:
         timers = [
             threading.Timer(max(0.0, delay), _send, (process, number))
@@ -165,6 +171,11 @@ def run_stage(stage: Stage, seconds: float, log: Path) -> Outcome:
     if taken >= seconds:
         problem = f"stopped after {seconds:.0f} s"
     return Outcome(stage.name, problem, taken, _last_line(printed))
+
+
+def _heed_interrupts() -> None:
+    # A shell's background job ignores them, and so would what it starts.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _send(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

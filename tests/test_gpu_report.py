@@ -3,10 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,15 @@ WITH_A_CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {
 ORPHANING = WITH_A_CHILD.replace("run", "Popen")
 
 
-@pytest.mark.usefixtures("little_grace")
+@pytest.fixture
+def background_job() -> Iterator[None]:
+    """Where a shell runs a job in the background, interrupts are ignored."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("little_grace", "background_job")
 @pytest.mark.parametrize(
     ("code", "last_line"), [(LAST_WORDS, "written"), (DEAF, "here"), (WITH_A_CHILD, None), (ORPHANING, "here")]
 )
