@@ -263,7 +263,7 @@ def _dynamic_shapes(config: CompilationConfig) -> DynamicShapes:
         if config.backend == "eager":
             # It differentiates a nested region through memory that it never filled.
             raise ValueError("backend: got 'eager' with gradients, expected torch.no_grad() or the backend 'aot_eager'")
-        # torch 2.13's Inductor gives wrong gradients around a nested region with an unbacked size.
+        # torch 2.13's Inductor gives wrong gradients around nested regions, most often with an unbacked size.
         if config.dynamic_shapes == "unbacked":
             return "backed_size_oblivious"
     return config.dynamic_shapes
