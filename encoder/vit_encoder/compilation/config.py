@@ -35,8 +35,8 @@ class CompilationConfig:
         dynamic_shapes: how dynamic dimensions are traced. `unbacked` and `backed_size_oblivious` give one graph for
             every size, `backed` two, as the sizes 0 and 1 are special to it. Fake tensors cannot be traced `unbacked`.
             With gradients `unbacked` is traced as `backed_size_oblivious`, and that gives two graphs as well: torch
-            2.13 gets gradients around nested regions wrong (with backed sizes less often: use none under gradients), and
-            its autograd singles out size 1.
+            2.13 gets gradients around nested regions wrong (with backed sizes less often: use none under gradients),
+            and its autograd singles out size 1.
         compile_ranges_endpoints: sizes of the first dynamic dimension at which to split, so that the sizes up to each
             endpoint get an artefact of their own: (4, 15, 16) means 1..4, 5..15, 16 (static), 17..MAX_INT. The last
             range is only for encoders; a size above a non-encoder's last endpoint is an error.
