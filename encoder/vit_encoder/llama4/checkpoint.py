@@ -1,64 +1,15 @@
-"""Where the parameters of the Llama 4 encoder stand in a Hugging Face checkpoint, and how they are read from there.
-
-A folder holds either one `model.safetensors` or several shards and a `model.safetensors.index.json`; like transformers,
-the single file is taken where there are both. Only safetensors are ever read: unpickling a .bin or .pt file runs code.
-"""
+"""Where the parameters of the Llama 4 encoder stand in a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
-import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import reduce
-from itertools import chain
-from pathlib import Path, PureWindowsPath
-
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
-
-from vit_encoder.llama4.config import Llama4VisionConfig, read_config, read_json_object
+from vit_encoder.checkpoints import HfTensors, Shape, read_tensors, to_hf_tensors
+from vit_encoder.configs import read_config
+from vit_encoder.llama4.config import Llama4VisionConfig
 
 __all__ = ["HfTensors", "projector_tensors", "read_config", "read_tensors", "to_hf_tensors", "vision_tensors"]
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-PICKLE_SUFFIXES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 VISION_PREFIX = "vision_model."
 PROJECTOR_PREFIX = "multi_modal_projector."
-# By their names in a safetensors header. Float8 is left out: such a weight means nothing without its scales.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class HfTensors:
-    """The tensors of a Hugging Face checkpoint that make up one of our parameters, concatenated on dimension 0.
-
-    They all have the shape `part_shape`.
-    """
-
-    names: tuple[str, ...]
-    part_shape: Shape
-
-    @property
-    def shape(self) -> Shape:
-        """Shape of our parameter."""
-        return (len(self.names) * self.part_shape[0], *self.part_shape[1:])
-
-    def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """The parts of our parameter under their Hugging Face names, as views."""
-        return dict(zip(self.names, tensor.split(self.part_shape[0]), strict=True))
-
-
-@dataclass(frozen=True)
-class _Header:
-    dtype: str
-    shape: Shape
 
 
 def vision_tensors(config: Llama4VisionConfig) -> dict[str, HfTensors]:
@@ -85,60 +36,11 @@ def vision_tensors(config: Llama4VisionConfig) -> dict[str, HfTensors]:
 def projector_tensors(vision_output_dim: int, text_hidden_size: int) -> dict[str, HfTensors]:
     """Maps the parameter of `Llama4MultiModalProjector` to its tensor in the whole model's checkpoint."""
     names = (PROJECTOR_PREFIX + "linear_1.weight",)
-    return {"linear.weight": HfTensors(names, (text_hidden_size, vision_output_dim))}
-
-
-def to_hf_tensors(tensors: Mapping[str, Tensor], mapping: Mapping[str, HfTensors]) -> dict[str, Tensor]:
-    """Our parameters (of `vision_tensors` or `projector_tensors`) under their Hugging Face names, as views.
-
-    Raises ValueError listing the parameters that are missing, unknown or of another shape.
-    """
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    expected = {name: parts.shape for name, parts in mapping.items()}
-    wrong = sorted(name for name in shapes.keys() | expected if shapes.get(name) != expected.get(name))
-    if wrong:
-        lines = [f"{name}: {shapes.get(name, 'missing')}, expected {expected.get(name, 'none')}" for name in wrong]
-        raise ValueError("tensors must hold every mapped parameter and no other:\n  " + "\n  ".join(lines))
-    return {hf: part for name, parts in mapping.items() for hf, part in parts.split(tensors[name]).items()}
-
-
-def read_tensors(
-    folder: str | os.PathLike[str],
-    wanted: Mapping[str, HfTensors],
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> dict[str, Tensor]:
-    """Reads our parameters out of a Hugging Face checkpoint folder, without reading the rest of it.
-
-    The files are memory-mapped and each tensor is copied once, straight to its place in the result and cast on the
-    way: beside the result no more than one tensor is held (the mapped pages belong to the system's file cache, which
-    drops them when memory is short). `dtype` (floating; None: as stored, and the wider one where
-    parts differ) and `device` (None: PyTorch's default) are the result's. Progress is shown on a terminal when reading
-    takes longer than a second.
-
-    Every file's header is checked before anything is read. One ValueError lists all tensors that are missing,
-    unexpected (unknown names under the prefixes of the wanted ones), of another shape or not floating, and the files
-    that cannot be read. ValueError also for a folder that holds only pickles, for an index that is malformed or names
-    anything but files directly in its folder (these may be symbolic links to elsewhere, as in Hugging Face's cache),
-    and for a dtype or device that cannot be had; TypeError for a dtype that is none; OSError for a missing folder.
-    """
-    _check_dtype(dtype)
-    device = _usable_device(device)
-    folder = Path(folder)
-    files = _file_of_each_tensor(folder)
-    wanted = _as_stored(wanted, files)
-    stored_dtypes = _checked_dtypes(folder, wanted, files)
-    result = {}
-    for name, parts in wanted.items():
-        widest = reduce(torch.promote_types, (stored_dtypes[n] for n in parts.names))
-        result[name] = torch.empty(parts.shape, dtype=dtype or widest, device=device)
-    _fill(folder, files, {n: part for name, parts in wanted.items() for n, part in parts.split(result[name]).items()})
-    return result
+    return {"linear.weight": HfTensors(names, (text_hidden_size, vision_output_dim), (PROJECTOR_PREFIX,))}
 
 
 def _vision(*names: str, shape: Shape) -> HfTensors:
-    return HfTensors(tuple(VISION_PREFIX + name for name in names), shape)
+    return HfTensors(tuple(VISION_PREFIX + name for name in names), shape, (VISION_PREFIX, ""))
 
 
 def _weight_and_bias(ours: str, *theirs: str, shape: Shape) -> dict[str, HfTensors]:
@@ -159,149 +61,3 @@ def _layer(ours: str, theirs: str, width: int, intermediate: int) -> dict[str, H
         | _weight_and_bias(f"{ours}.mlp.fc1", f"{theirs}.mlp.fc1", shape=(intermediate, width))
         | _weight_and_bias(f"{ours}.mlp.fc2", f"{theirs}.mlp.fc2", shape=(width, intermediate))
     )
-
-
-def _check_dtype(dtype: object) -> None:
-    if dtype is None or dtype in DTYPES.values():
-        return
-    error = ValueError if isinstance(dtype, torch.dtype) else TypeError
-    raise error(f"dtype must be None or one of {list(DTYPES.values())}, got {dtype!r}")
-
-
-def _usable_device(device: torch.device | str | None) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch built without that backend
-        raise ValueError(f"device must be one that PyTorch can use here, got {device!r}: {error}") from error
-
-
-def _file_of_each_tensor(folder: Path) -> dict[str, str]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the checkpoint {folder} is not a folder")
-    if (folder / SINGLE_FILE).exists():
-        return dict.fromkeys(_headers(folder / SINGLE_FILE), SINGLE_FILE)
-    if (folder / INDEX_FILE).exists():
-        return _weight_map(folder / INDEX_FILE)
-    if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES):
-        raise ValueError(
-            f"the checkpoint {folder} holds no safetensors, only {', '.join(pickles)}: pickles are never read, because "
-            "unpickling runs code; convert them to safetensors"
-        )
-    raise FileNotFoundError(f"the checkpoint {folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} must hold a weight_map of tensor names to file names, got {weight_map!r:.80}")
-    if foreign := sorted({repr(file) for file in weight_map.values() if not _is_shard_name(file)}):
-        raise ValueError(f"{index} must name only .safetensors files of its own folder, got {', '.join(foreign)}")
-    return weight_map
-
-
-def _is_shard_name(file: object) -> bool:
-    # Windows' rules are the stricter ones: both slashes separate, and so does a drive's colon.
-    return isinstance(file, str) and file.endswith(".safetensors") and PureWindowsPath(file).name == file
-
-
-@contextmanager
-def _open_shard(path: Path) -> Iterator[safe_open]:
-    # Asked first, because opening a named pipe would wait for a writer for ever.
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file")
-    try:
-        with safe_open(path, framework="pt") as shard:
-            yield shard
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a sound safetensors file: {error}") from error
-
-
-def _headers(path: Path) -> dict[str, _Header]:
-    with _open_shard(path) as shard:
-        slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (safe_open cannot be iterated)
-        return {name: _Header(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-
-
-def _as_stored(wanted: Mapping[str, HfTensors], stored: Iterable[str]) -> Mapping[str, HfTensors]:
-    """The wanted tensors under the names that this checkpoint uses: without prefix where the vision model is alone."""
-    bare = {name: replace(p, names=tuple(n.removeprefix(VISION_PREFIX) for n in p.names)) for name, p in wanted.items()}
-    if any(name.startswith(VISION_PREFIX) for name in stored) or set(_all_names(bare)).isdisjoint(stored):
-        return wanted
-    return bare
-
-
-def _all_names(wanted: Mapping[str, HfTensors]) -> list[str]:
-    return [name for parts in wanted.values() for name in parts.names]
-
-
-def _by_file(names: Iterable[str], files: Mapping[str, str]) -> dict[str, list[str]]:
-    groups = defaultdict(list)
-    for name in names:
-        if name in files:
-            groups[files[name]].append(name)
-    return groups
-
-
-def _checked_dtypes(folder: Path, wanted: Mapping[str, HfTensors], files: Mapping[str, str]) -> dict[str, torch.dtype]:
-    """The stored dtype of each wanted tensor; raises the one ValueError that lists everything wrong with them."""
-    names = _all_names(wanted)
-    headers, unreadable = _readable_headers(folder, _by_file(names, files))
-    found = {name: headers[files[name]][name] for name in names if name in headers.get(files.get(name, ""), {})}
-    lost = {name for name in names if name in files and files[name] not in headers}
-    _raise_problems(
-        folder,
-        {
-            "missing": [name for name in names if name not in found and name not in lost],
-            "unexpected": _unexpected(names, {*files, *chain.from_iterable(headers.values())}),
-            "of another shape": [
-                f"{name}: {list(found[name].shape)}, expected {list(parts.part_shape)}"
-                for parts in wanted.values()
-                for name in parts.names
-                if name in found and found[name].shape != parts.part_shape
-            ],
-            "not of a dtype in " + ", ".join(DTYPES): [
-                f"{name}: {header.dtype}" for name, header in found.items() if header.dtype not in DTYPES
-            ],
-            "in files that cannot be read": unreadable,
-        },
-    )
-    return {name: DTYPES[header.dtype] for name, header in found.items()}
-
-
-def _readable_headers(
-    folder: Path, by_file: Mapping[str, list[str]]
-) -> tuple[dict[str, dict[str, _Header]], list[str]]:
-    """The headers of the files that can be read, and a line for each that cannot."""
-    headers, unreadable = {}, []
-    for file, names in by_file.items():
-        try:
-            headers[file] = _headers(folder / file)
-        except (ValueError, OSError) as error:
-            unreadable.append(f"{', '.join(names)}: {error}")
-    return headers, unreadable
-
-
-def _unexpected(wanted: Iterable[str], stored: Iterable[str]) -> list[str]:
-    """The names under the prefixes of the wanted ones that nobody wants, quoted: a foreign file chose them."""
-    wanted = set(wanted)
-    prefixes = tuple(
-        {next((p for p in (VISION_PREFIX, PROJECTOR_PREFIX) if name.startswith(p)), "") for name in wanted}
-    )
-    return [repr(name) for name in sorted(stored) if name.startswith(prefixes) and name not in wanted]
-
-
-def _raise_problems(folder: Path, problems: Mapping[str, list[str]]) -> None:
-    groups = [f"{what} ({len(lines)}):\n    " + "\n    ".join(lines) for what, lines in problems.items() if lines]
-    if groups:
-        raise ValueError(f"the checkpoint {folder} does not hold the expected tensors\n  " + "\n  ".join(groups))
-
-
-def _fill(folder: Path, files: Mapping[str, str], targets: Mapping[str, Tensor]) -> None:
-    """Copies each stored tensor into its target."""
-    size = sum(target.nbytes for target in targets.values())
-    with tqdm(total=size, desc="reading tensors", unit="B", unit_scale=True, disable=None, delay=1) as progress:
-        for file, names in _by_file(targets, files).items():
-            with _open_shard(folder / file) as shard:
-                for name in names:
-                    targets[name].copy_(shard.get_tensor(name))
-                    progress.update(targets[name].nbytes)

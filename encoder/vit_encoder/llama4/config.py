@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any
 
-CONFIG_FILE = "config.json"
+from vit_encoder.configs import HfConfig, as_mapping, check_positive, read_config, whole_config
 
-
-@runtime_checkable
-class SupportsToDict(Protocol):
-    """What this module needs of a transformers configuration object."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as nested plain dictionaries."""
-        ...
-
-
-HfConfig: TypeAlias = Mapping[str, Any] | SupportsToDict | str | os.PathLike[str]
+__all__ = ["Llama4VisionConfig", "read_config", "text_hidden_size"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +41,7 @@ class Llama4VisionConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            _check_positive(field.name, getattr(self, field.name), whole=field.type == "int")
+            check_positive(field.name, getattr(self, field.name), whole=field.type == "int")
         self._check_grid()
         self._check_heads()
         self._check_adapter()
@@ -132,9 +117,9 @@ class Llama4VisionConfig:
         Raises ValueError listing every missing field, for broken JSON and for sizes that do not fit together;
         TypeError for anything else than a configuration; OSError for a path that cannot be read.
         """
-        whole = _whole_config(config)
-        section = _as_mapping("vision_config", whole.get("vision_config", whole))
-        rope = _as_mapping("rope_parameters", section.get("rope_parameters") or {})
+        whole = whole_config(config)
+        section = as_mapping("vision_config", whole.get("vision_config", whole))
+        rope = as_mapping("rope_parameters", section.get("rope_parameters") or {})
         given: dict[str, Any] = {field.name: section.get(field.name) for field in fields(cls)}
         given["rope_theta"] = rope.get("rope_theta", given["rope_theta"])
         if missing := [name for name, value in given.items() if value is None]:
@@ -182,56 +167,12 @@ def text_hidden_size(config: HfConfig) -> int:
 
     Takes what `Llama4VisionConfig.from_hf` takes and raises as it does; a vision configuration alone has no such width.
     """
-    whole = _whole_config(config)
-    width = _as_mapping("text_config", whole.get("text_config") or {}).get("hidden_size")
+    whole = whole_config(config)
+    width = as_mapping("text_config", whole.get("text_config") or {}).get("hidden_size")
     if width is None:
         raise ValueError(
             "the configuration lacks text_config.hidden_size, the multi-modal projector's output width; "
             f"it has {list(whole)}"
         )
-    _check_positive("text_config.hidden_size", width, whole=True)
+    check_positive("text_config.hidden_size", width, whole=True)
     return width
-
-
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a config.json, given its path or its folder's, as plain dictionaries.
-
-    Raises FileNotFoundError where there is no such file and ValueError where it does not hold a JSON object.
-    """
-    path = Path(path)
-    return read_json_object(path / CONFIG_FILE if path.is_dir() else path)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads a file that holds one JSON object; raises FileNotFoundError or ValueError, naming the file."""
-    # Asked first, because opening a named pipe would wait for a writer for ever.
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _whole_config(config: HfConfig) -> Mapping[str, Any]:
-    return _as_mapping("config", read_config(config) if isinstance(config, str | os.PathLike) else config)
-
-
-def _as_mapping(name: str, config: object) -> Mapping[str, Any]:
-    # A path is no answer here: a configuration must not make us read another file.
-    if isinstance(config, SupportsToDict) and not isinstance(config, type):
-        config = config.to_dict()
-    if not isinstance(config, Mapping):
-        raise TypeError(f"{name} must be a configuration object or a mapping, got {type(config).__name__}")
-    return config
-
-
-def _check_positive(name: str, value: object, *, whole: bool) -> None:
-    expected = "a positive integer" if whole else "a positive finite number"
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
-    if not 0 < value <= sys.float_info.max:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
