@@ -1,0 +1,109 @@
+"""`varlen_attention` behind transformers' attention interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vit_kernels import varlen_attention
+
+from vit_encoder.integrations.transformers.masks import sequences_of_mask
+
+NAME = "vit_varlen"
+# What changes the result and is not ours to compute.
+_UNSUPPORTED = ("cache", "position_bias", "s_aux", "sliding_window", "softcap")
+
+
+def register_attention() -> None:
+    """Make `attn_implementation="vit_varlen"` known to transformers; once more changes nothing.
+
+    It takes any of transformers' vision encoders that ask its attention interface: give it to the vision part alone,
+    `attn_implementation={"vision_config": "vit_varlen"}`, since a causal language model is refused at its first call.
+    Attention masks must split the tokens into sequences (Pixtral's blocks, padded keys) and are read on the host, once
+    a forward; a bias is refused. An encoder that calls attention once a sequence (Qwen2.5-VL) stays right but gains
+    nothing from packing.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, varlen_attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def varlen_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it, on `varlen_attention`.
+
+    Source: transformers, `integrations/sdpa_attention.py`, whose conventions it keeps.
+
+    Args:
+        module: the calling module; its `is_causal` (True without one) counts where the argument is None.
+        query: [batch, heads, tokens, head_dim].
+        key, value: [batch, kv_heads, tokens_k, head_dim].
+        attention_mask: boolean (True: attend) or additive (0 or the dtype's minimum), [batch or 1, heads or 1,
+            tokens, tokens_k], the same for every head.
+        dropout: 0.
+        scaling: as `varlen_attention`'s scale.
+        is_causal: False.
+        **kwargs: `cu_seq_lens_q` and `cu_seq_lens_k`, int32, are used where there is no mask; others as below.
+
+    Returns:
+        [batch, tokens, heads, head_dim], and None for the weights.
+
+    Raises:
+        ValueError: dropout, a causal call, weights asked for, another option that changes the result, a mask that does
+            not split the tokens into sequences, or what `varlen_attention` refuses.
+    """
+    batch, _, tokens, _ = query.shape
+    tokens_k = key.shape[2]
+    _refuse_options(module, attention_mask, dropout, is_causal, tokens, kwargs)
+    if attention_mask is not None:
+        cu_seqlens, cu_seqlens_k = sequences_of_mask(attention_mask, batch, tokens, tokens_k)
+    elif kwargs.get("cu_seq_lens_q") is not None:
+        cu_seqlens, cu_seqlens_k = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
+    else:
+        boundaries = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
+        cu_seqlens, cu_seqlens_k = boundaries * tokens, boundaries * tokens_k
+    q, k, v = (_last_contiguous(x.transpose(1, 2).flatten(0, 1)) for x in (query, key, value))
+    out = varlen_attention(q, k, v, cu_seqlens, cu_seqlens_k=cu_seqlens_k, scale=scaling)
+    return out.unflatten(0, (batch, tokens)), None
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _refuse_options(
+    module: nn.Module,
+    attention_mask: Tensor | None,
+    dropout: float,
+    is_causal: bool | None,
+    tokens: int,
+    kwargs: dict[str, Any],
+) -> None:
+    if dropout:
+        raise ValueError(f"dropout: got {dropout}, expected 0: {NAME} has none")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if causal and attention_mask is None and tokens > 1:
+        raise ValueError(
+            f"is_causal: got True from {type(module).__name__}, expected False: {NAME} is for vision encoders; pass "
+            f'attn_implementation={{"vision_config": "{NAME}"}} to a model with a language part'
+        )
+    if kwargs.get("output_attentions"):
+        raise ValueError(f"output_attentions: got True, expected False: {NAME} never holds the attention weights")
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}: got {kwargs[name]!r:.80}, expected None: {NAME} does not support it")

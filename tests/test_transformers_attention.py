@@ -1,0 +1,233 @@
+"""`attn_implementation="vit_varlen"` in transformers' vision encoders, and the masks it reads."""
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from vit_encoder.integrations.transformers import attention, register_attention
+from vit_encoder.integrations.transformers.attention import varlen_attention_forward
+from vit_encoder.integrations.transformers.masks import sequences_of_mask
+from vit_kernels import force_impl
+from vit_kernels.testing import assert_close_to_reference, corrected_interpreter
+
+Case = tuple[nn.Module, dict[str, Tensor]]
+
+
+def initialised(model: nn.Module) -> nn.Module:
+    """Weights with which attention is far from flat."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            deviation = 4.0 if any(part in name for part in ("q_proj", "k_proj", "qkv")) else 1.0
+            if parameter.dim() > 1:
+                parameter.normal_(0, deviation * parameter[0].numel() ** -0.5, generator=generator)
+            else:
+                parameter.normal_("norm" in name and name.endswith("weight"), 0.1, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+def pixels(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def llama4() -> Case:
+    from transformers.models.llama4 import Llama4VisionConfig, Llama4VisionModel
+
+    config = Llama4VisionConfig(
+        hidden_size=176, num_attention_heads=2, num_hidden_layers=2, intermediate_size=704, image_size=56,
+        patch_size=14, projector_input_dim=64, projector_output_dim=64, vision_output_dim=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    return Llama4VisionModel(config), {"pixel_values": pixels(3, 3, 56, 56)}
+
+
+def qwen2_5_vl() -> Case:
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+    config = Qwen2_5_VLVisionConfig(
+        depth=2, hidden_size=80, intermediate_size=96, num_heads=2, out_hidden_size=64, window_size=56,
+        fullatt_block_indexes=[1],
+    )  # fmt: skip
+    grid = torch.tensor([[1, 6, 4], [1, 2, 6]])
+    inputs = {"hidden_states": pixels(36, 3 * 2 * 14 * 14), "grid_thw": grid}
+    return Qwen2_5_VisionTransformerPretrainedModel(config), inputs
+
+
+def siglip() -> Case:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    config = SiglipVisionConfig(
+        hidden_size=144, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    return SiglipVisionModel(config), {"pixel_values": pixels(3, 3, 56, 56)}
+
+
+def siglip2_with_padded_keys() -> Case:
+    from transformers import Siglip2VisionConfig, Siglip2VisionModel
+
+    config = Siglip2VisionConfig(
+        hidden_size=144, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_patches=16, patch_size=4
+    )
+    shapes = torch.tensor([[4, 4], [2, 3]])
+    mask = torch.arange(16) < shapes.prod(-1, keepdim=True)
+    inputs = {"pixel_values": pixels(2, 16, 48), "pixel_attention_mask": mask.long(), "spatial_shapes": shapes}
+    return Siglip2VisionModel(config), inputs
+
+
+def pixtral_with_images_of_two_sizes() -> Case:
+    from transformers import PixtralVisionConfig, PixtralVisionModel
+
+    config = PixtralVisionConfig(
+        hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16
+    )
+    sizes = torch.tensor([[64, 48], [32, 64]])
+    return PixtralVisionModel(config), {"pixel_values": pixels(2, 3, 64, 64), "image_sizes": sizes}
+
+
+CASES = [llama4, qwen2_5_vl, siglip, siglip2_with_padded_keys, pixtral_with_images_of_two_sizes]
+
+
+def features(model: nn.Module, inputs: dict[str, Tensor], implementation: str, dtype: torch.dtype) -> Tensor:
+    register_attention()
+    model = copy.deepcopy(model)
+    # Rotary tables are buffers, and Llama 4's complex: neither is cast.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.set_attn_implementation(implementation)  # type: ignore[operator]
+    out = model(**{name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()})
+    return getattr(out, "last_hidden_state", out).clone()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_an_encoder_is_as_exact_as_with_sdpa(case: Callable[[], Case], dtype: torch.dtype, implementation: str) -> None:
+    model, inputs = case()
+    model = initialised(model)
+    # Both runs take the rounded weights and inputs.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    exact = features(model, inputs, "sdpa", torch.float64)
+    theirs = features(model, inputs, "sdpa", dtype)
+    calls = mock.Mock(wraps=varlen_attention_forward)
+    patched = mock.patch.object(attention, "varlen_attention_forward", calls)
+    with patched, corrected_interpreter(), force_impl(implementation):
+        ours = features(model, inputs, "vit_varlen", dtype)
+    assert calls.call_count == (2 + 2 + 2 if case is qwen2_5_vl else 2)
+    if case is siglip2_with_padded_keys:
+        # What stands at the padding is undefined.
+        kept = inputs["pixel_attention_mask"].bool()
+        exact, theirs, ours = exact[kept], theirs[kept], ours[kept]
+    assert_close_to_reference(ours, exact, theirs)
+
+
+def attend(mask: Tensor | None, batch: int = 1, tokens: int = 5, module: nn.Module | None = None, **kwargs: Any) -> Any:
+    q, k, v = torch.randn(3, batch, 2, tokens, 16, generator=torch.Generator().manual_seed(0))
+    arguments = {"is_causal": False} | kwargs
+    return varlen_attention_forward(module or nn.Module(), q, k, v, mask, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"dropout": 0.1}, "dropout: got 0.1"),
+        ({"is_causal": True}, 'attn_implementation={"vision_config": "vit_varlen"}'),
+        ({"is_causal": None}, "is_causal: got True from Module"),
+        ({"output_attentions": True}, "output_attentions: got True"),
+        ({"softcap": 30.0}, "softcap: got 30.0"),
+        ({"sliding_window": 4}, "sliding_window: got 4"),
+        ({"position_bias": torch.zeros(1)}, "position_bias: got"),
+    ],
+)
+def test_what_would_change_the_result_is_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)):
+        attend(None, **options)
+
+
+def test_a_language_model_is_refused_at_its_first_call() -> None:
+    from transformers import LlamaConfig, LlamaModel
+
+    register_attention()
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, pad_token_id=0, attn_implementation="vit_varlen",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"vision encoders|attention_mask: got"):
+        LlamaModel(config)(input_ids=torch.arange(4)[None])
+
+
+def test_the_boundaries_that_flash_attention_would_get_are_used() -> None:
+    boundaries = torch.tensor([0, 2, 5], dtype=torch.int32)
+    packed, weights = attend(None, cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries)
+    assert weights is None
+    mask = torch.block_diag(torch.ones(2, 2), torch.ones(3, 3)).bool()[None, None]
+    torch.testing.assert_close(packed, attend(mask)[0])
+    assert not torch.allclose(packed, attend(None)[0])
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> Tensor:
+    """Boolean [batch, 1, tokens, tokens_k]: runs of queries that see disjoint runs of keys, with gaps between them."""
+    tokens, tokens_k = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    mask = torch.zeros(draw(st.integers(1, 3)), 1, tokens, tokens_k, dtype=torch.bool)
+    for row in mask[:, 0]:
+        runs = draw(st.integers(1, min(tokens, tokens_k)))
+        starts = (
+            sorted(draw(st.sets(st.integers(1, tokens - 1), min_size=runs - 1, max_size=runs - 1))) if runs > 1 else []
+        )
+        edges = sorted(draw(st.sets(st.integers(0, tokens_k), min_size=runs + 1, max_size=runs + 1)))
+        for index, (low, high) in enumerate(zip([0, *starts], [*starts, tokens], strict=True)):
+            first = draw(st.integers(edges[index], edges[index + 1] - 1))
+            row[low:high, first : edges[index + 1]] = True
+    return mask
+
+
+@given(mask=masks(), additive=st.booleans())
+def test_a_mask_means_what_it_means_to_sdpa(mask: Tensor, additive: bool) -> None:
+    batch, _, tokens, tokens_k = mask.shape
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(batch, 2, tokens, 16, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, batch, 2, tokens_k, 16, generator=generator, dtype=torch.float64)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    if additive:
+        mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+    actual, _ = varlen_attention_forward(nn.Module(), q, k, v, mask, is_causal=False)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("mask", "told"),
+    [
+        (torch.ones(5, 5).tril().bool(), "several sequences of queries see"),
+        (torch.eye(5).bool() ^ torch.ones(5, 5).bool(), "keys are no run"),
+        (torch.arange(5)[:, None].expand(5, 5) > 0, "keys are no run"),
+        (torch.full((5, 5), -0.5), "got a bias"),
+        (torch.ones(5, 4).bool(), "expected [batch, heads, 5, 5]"),
+        (torch.stack([torch.ones(5, 5), torch.eye(5)]).bool(), "differs between heads"),
+    ],
+    ids=["causal", "hole", "no keys", "bias", "shape", "heads"],
+)
+def test_a_mask_that_is_no_packing_is_refused(mask: Tensor, told: str) -> None:
+    with pytest.raises(ValueError, match="attention_mask: got") as raised:
+        attend(mask.reshape(1, -1, *mask.shape[-2:]))
+    assert told in str(raised.value)
+
+
+def test_a_mask_is_read_once_until_it_changes() -> None:
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    first = sequences_of_mask(mask, 1, 4, 4)
+    assert sequences_of_mask(mask, 1, 4, 4) is first
+    assert sequences_of_mask(mask, 2, 4, 4)[0].tolist() == [0, 4, 8]
+    mask[..., :2, 2:] = False
+    mask[..., 2:, :2] = False
+    assert sequences_of_mask(mask, 1, 4, 4)[0].tolist() == [0, 2, 4]
