@@ -34,7 +34,7 @@ def llama4(seed: int = 0) -> Any:
         bos_token_id=1, eos_token_id=2, attention_chunk_size=64,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )  # fmt: skip
-    config = Llama4Config(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
+    config = Llama4Config(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, pad_token_id=0)
     model = Llama4ForConditionalGeneration(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
