@@ -10,8 +10,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from vit_encoder import Llama4VisionConfig, Llama4VisionModel
-from vit_encoder.llama4 import model
+from vit_encoder import Llama4VisionConfig, Llama4VisionModel, attention
 from vit_kernels import force_impl, rotary_2d
 
 from experiments.peers import transformers_vision_model
@@ -41,7 +40,7 @@ def ours(layers: int) -> Iterator[Forward]:
 def ours_on_pytorch(layers: int) -> Iterator[Forward]:
     """The same encoder with PyTorch bodies that Inductor can fuse, for everything but attention."""
     # The in-place rotary is an operator in every implementation.
-    with force_impl("eager"), mock.patch.object(model, "rotated", _rotated):
+    with force_impl("eager"), mock.patch.object(attention, "rotated", _rotated):
         yield _encoder(layers)
 
 
@@ -62,9 +61,9 @@ def _encoder(layers: int) -> Llama4VisionModel:
         return Llama4VisionModel(replace(Llama4VisionConfig.scout(), num_hidden_layers=layers))
 
 
-def _rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _rotated(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = qkv.chunk(3, dim=1)
-    return *rotary_2d(q, k, cos, sin), v
+    return *rotary_2d(q, k, cos, sin, interleaved=interleaved), v
 
 
 def _attention_of_transformers(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from vit_encoder import Llama4VisionModel
+    from vit_encoder import Llama4VisionModel, Qwen2_5_VLVisionModel
 
 _torchvision_ops: list[torch.library.Library] = []
 
@@ -63,6 +63,30 @@ def transformers_vision_model(model: Llama4VisionModel) -> nn.Module | None:
     peer.rotary_embedding = modeling_llama4.Llama4VisionRotaryEmbedding(config)
     tensors = to_hf_tensors(dict(model.named_parameters()), vision_tensors(model.config))
     peer.load_state_dict({name.removeprefix(VISION_PREFIX): part for name, part in tensors.items()}, assign=True)
+    return peer.eval()
+
+
+def transformers_qwen2_5_vl(model: Qwen2_5_VLVisionModel) -> nn.Module | None:
+    """As `transformers_vision_model`: its forward takes `hidden_states` (the pixels) and `grid_thw`, and the returned
+    object has the merged features in `pooler_output`.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from vit_encoder.checkpoints import to_hf_tensors
+    from vit_encoder.qwen2_5_vl.checkpoint import PREFIXES, vision_tensors
+
+    allow_torchvision_beside_cpu_torch()
+    from transformers.models.qwen2_5_vl import configuration_qwen2_5_vl, modeling_qwen2_5_vl
+
+    sizes = asdict(model.config)
+    rope = {"rope_type": "axial", "rope_theta": sizes.pop("rope_theta")}
+    config = configuration_qwen2_5_vl.Qwen2_5_VLVisionConfig(**sizes, rope_parameters=rope, attn_implementation="sdpa")
+    with torch.device("meta"):
+        peer = modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel(config)
+    # The rotary frequencies are no parameter.
+    peer.rotary_pos_emb = modeling_qwen2_5_vl.Qwen2_5_VLVisionRotaryEmbedding(config)
+    tensors = to_hf_tensors(dict(model.named_parameters()), vision_tensors(model.config))
+    peer.load_state_dict({name.removeprefix(PREFIXES[0]): part for name, part in tensors.items()}, assign=True)
     return peer.eval()
 
 

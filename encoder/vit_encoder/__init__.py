@@ -20,6 +20,7 @@ from vit_encoder.llama4 import (
     encode_images,
     tile_image,
 )
+from vit_encoder.qwen2_5_vl import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel
 
 __all__ = [
     "CompilationConfig",
@@ -27,6 +28,8 @@ __all__ = [
     "Llama4MultiModalProjector",
     "Llama4VisionConfig",
     "Llama4VisionModel",
+    "Qwen2_5_VLVisionConfig",
+    "Qwen2_5_VLVisionModel",
     "TiledImage",
     "compilation_counter",
     "encode_images",

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vit_encoder.configs import HfConfig, as_mapping, check_positive, read_config, whole_config
+from vit_encoder.configs import HfConfig, as_mapping, check_head_dim, check_positive, read_config, whole_config
 
 __all__ = ["Llama4VisionConfig", "read_config", "text_hidden_size"]
 
@@ -43,7 +43,7 @@ class Llama4VisionConfig:
         for field in fields(self):
             check_positive(field.name, getattr(self, field.name), whole=field.type == "int")
         self._check_grid()
-        self._check_heads()
+        check_head_dim("num_attention_heads", self.hidden_size, self.num_attention_heads)
         self._check_adapter()
 
     def _check_grid(self) -> None:
@@ -59,18 +59,6 @@ class Llama4VisionConfig:
             raise ValueError(
                 f"image_size / patch_size must be a multiple of 1 / pixel_shuffle_ratio = {self.shuffle_factor}, got "
                 f"{self.image_size} / {self.patch_size} = {self.grid}"
-            )
-
-    def _check_heads(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_attention_heads, got hidden_size {self.hidden_size} "
-                f"and num_attention_heads {self.num_attention_heads}"
-            )
-        if self.head_dim % 8 or not 16 <= self.head_dim <= 256:
-            raise ValueError(
-                "hidden_size / num_attention_heads must be a multiple of 8 in 16..256 (the attention kernel's range), "
-                f"got {self.hidden_size} / {self.num_attention_heads} = {self.head_dim}"
             )
 
     def _check_adapter(self) -> None:

@@ -9,38 +9,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from vit_kernels import pixel_shuffle, rotary_2d, rotary_2d_qkv_, varlen_attention
+from vit_kernels import pixel_shuffle
 
+from vit_encoder.attention import Attention
 from vit_encoder.compilation import CompilationConfig, support_torch_compile
 from vit_encoder.llama4.checkpoint import projector_tensors, read_tensors, vision_tensors
 from vit_encoder.llama4.config import Llama4VisionConfig, text_hidden_size
 from vit_encoder.llama4.rotary import RotaryTables
-
-
-class Attention(nn.Module):
-    """Self-attention within each tile, queries and keys rotated by patch position."""
-
-    def __init__(self, config: Llama4VisionConfig) -> None:
-        super().__init__()
-        self.heads = config.num_attention_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, x: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Shapes: x [tokens, hidden], cu_seqlens [tiles + 1], cos and sin [577, head_dim // 2] -> [tokens, hidden]."""
-        qkv = self.qkv(x).unflatten(-1, (3 * self.heads, -1))  # [tokens, 3 * heads, head_dim]
-        q, k, v = rotated(qkv, cos, sin)  # 3 x [tokens, heads, head_dim]
-        x = varlen_attention(q, k, v, cu_seqlens)  # [tokens, heads, head_dim]
-        return self.out_proj(x.flatten(1))  # [tokens, hidden]
-
-
-def rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [tokens, heads, head_dim] with q and k rotated: where they lie, unless that would lose a gradient."""
-    q, k, v = qkv.chunk(3, dim=1)
-    if qkv.requires_grad:
-        return *rotary_2d(q, k, cos, sin), v
-    rotary_2d_qkv_(qkv, cos, sin)
-    return q, k, v
 
 
 class MLP(nn.Module):
@@ -62,7 +37,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, config: Llama4VisionConfig) -> None:
         super().__init__()
         self.norm_1 = nn.LayerNorm(config.hidden_size)
-        self.attention = Attention(config)
+        self.attention = Attention(config.hidden_size, config.num_attention_heads, interleaved=True)
         self.norm_2 = nn.LayerNorm(config.hidden_size)
         self.mlp = MLP(config)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_encoder.llama4.config import Llama4VisionConfig
+from vit_encoder.rotary import axial_frequencies
 
 
 def rotary_tables(config: Llama4VisionConfig, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
@@ -17,9 +18,7 @@ def rotary_tables(config: Llama4VisionConfig, device: torch.device | str | None 
     same frequencies, x and y a patch's column and row. The class token, last, is not rotated.
     Source: transformers, `modeling_llama4.py`, `Llama4VisionRotaryEmbedding`.
     """
-    half = config.head_dim // 2
-    exponents = torch.arange(0, half, 2, device=device, dtype=torch.float32)[: half // 2] / half
-    frequencies = 1.0 / config.rope_theta**exponents
+    frequencies = axial_frequencies(config.head_dim, config.rope_theta, device)
     patch = torch.arange(config.patches_per_tile, device=device)
     x = (patch % config.grid + 1)[:, None] * frequencies
     y = (patch // config.grid + 1)[:, None] * frequencies

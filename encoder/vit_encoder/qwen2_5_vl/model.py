@@ -1,0 +1,293 @@
+"""The Qwen2.5-VL vision encoder, from patches to merged features."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vit_encoder.attention import Attention
+from vit_encoder.checkpoints import read_tensors
+from vit_encoder.compilation import CompilationConfig, support_torch_compile
+from vit_encoder.compilation.context import surroundings
+from vit_encoder.qwen2_5_vl.checkpoint import vision_tensors
+from vit_encoder.qwen2_5_vl.config import Qwen2_5_VLVisionConfig
+from vit_encoder.qwen2_5_vl.metadata import VisionMetadata, vision_metadata
+
+EPS = 1e-6
+
+
+class MLP(nn.Module):
+    """SiLU of a gate times another projection, both one matrix product, and a linear layer back."""
+
+    def __init__(self, config: Qwen2_5_VLVisionConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: [..., hidden] -> [..., hidden]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm transformer block, with attention within windows or, where `full`, within frames."""
+
+    def __init__(self, config: Qwen2_5_VLVisionConfig, *, full: bool) -> None:
+        super().__init__()
+        self.full = full
+        self.norm_1 = nn.RMSNorm(config.hidden_size, EPS)
+        self.attention = Attention(config.hidden_size, config.num_heads, interleaved=False)
+        self.norm_2 = nn.RMSNorm(config.hidden_size, EPS)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, normed: Tensor, next_norm: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x and norm_1(x) -> the new x and the next layer's norm of it, all [patches, hidden].
+
+        The next norm is computed here because a compiler fuses it with the last addition, but nothing across regions.
+
+        Args:
+            next_norm: its weight [hidden].
+            cu_seqlens: [sequences + 1].
+            cos, sin: [patches, head_dim // 2].
+        """
+        # Inductor of torch 2.13 gets gradients around regions wrong.
+        region = self._full_region if self.full else self._window_region
+        block = self._block if torch.is_grad_enabled() else region
+        return block(x, normed, next_norm, cu_seqlens, cos, sin)
+
+    def _block(
+        self, x: Tensor, normed: Tensor, next_norm: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x = x + self.attention(normed, cu_seqlens, cos, sin)  # [patches, hidden]
+        x = x + self.mlp(self.norm_2(x))  # [patches, hidden]
+        return x, F.rms_norm(x, x.shape[-1:], next_norm, EPS)
+
+    # Each is compiled once and called by every layer of its kind in the one graph. Were they one, it would be guarded
+    # that a batch has as many windows as frames, or has not.
+    @torch.compiler.nested_compile_region
+    def _window_region(self, *args: Any) -> tuple[Tensor, Tensor]:
+        return self._block(*args)
+
+    @torch.compiler.nested_compile_region
+    def _full_region(self, *args: Any) -> tuple[Tensor, Tensor]:
+        return self._block(*args)
+
+
+class PatchMerger(nn.Module):
+    """Two linear layers, a GELU between them, on the patches of a unit side by side.
+
+    In window order these lie one after the other: the merge is a reshape, and there is nothing for a kernel to do.
+    """
+
+    def __init__(self, config: Qwen2_5_VLVisionConfig) -> None:
+        super().__init__()
+        width = config.hidden_size * config.merge_unit
+        self.fc1 = nn.Linear(width, width)
+        self.fc2 = nn.Linear(width, config.out_hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: [patches, hidden] -> [units, out_hidden_size]."""
+        return self.fc2(F.gelu(self.fc1(x.reshape(-1, self.fc1.in_features))))
+
+
+@support_torch_compile(dynamic_arg_dims=dict.fromkeys(("pixel_values", *VisionMetadata._fields), 0), is_encoder=True)
+class Qwen2_5_VLVisionEncoder(nn.Module):  # noqa: N801 (transformers' prefix)
+    """What is compiled of `Qwen2_5_VLVisionModel`: everything but the host's arithmetic on the sizes of the images.
+
+    With `CompilationConfig(compile_mm_encoder=True)` it is one graph for any number and sizes of images and videos.
+    Source: transformers, `models/qwen2_5_vl/modeling_qwen2_5_vl.py`, `Qwen2_5_VisionTransformerPretrainedModel`.
+    """
+
+    def __init__(self, config: Qwen2_5_VLVisionConfig, *, compilation_config: CompilationConfig | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.compilation_config = compilation_config
+        self.patch_embed = nn.Linear(config.patch_dim, config.hidden_size, bias=False)
+        self.layers = nn.ModuleList(
+            EncoderLayer(config, full=i in config.fullatt_block_indexes) for i in range(config.depth)
+        )
+        self.norm_post = nn.RMSNorm(config.hidden_size, EPS)
+        self.merger = PatchMerger(config)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        window_index: Tensor,
+        reverse_index: Tensor,
+        cu_seqlens: Tensor,
+        cu_window_seqlens: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
+        """Encode patches.
+
+        Args:
+            pixel_values: [patches, patch_dim], in the dtype of the weights.
+            window_index, reverse_index, cu_seqlens, cu_window_seqlens, cos, sin: as in `VisionMetadata`.
+
+        Returns:
+            [units, out_hidden_size], in the order of the pixels.
+
+        Raises:
+            TypeError: another dtype.
+            ValueError: another rank, device or size.
+        """
+        if not torch.compiler.is_compiling():
+            self.validate_inputs(pixel_values, window_index, reverse_index, cu_seqlens, cu_window_seqlens, cos, sin)
+        units = window_index.shape[0]
+        torch._check(units > 0)
+        for tensor in (pixel_values, cos, sin):
+            torch._check(tensor.shape[0] == self.config.merge_unit * units)
+        x = self.patch_embed(pixel_values)  # [patches, hidden]
+        x = x.unflatten(0, (-1, self.config.merge_unit))[window_index].flatten(0, 1)  # [patches, hidden]
+        norms: list[nn.RMSNorm] = [*(layer.norm_1 for layer in self.layers), self.norm_post]  # type: ignore[list-item]
+        normed = norms[0](x)  # [patches, hidden]
+        for layer, norm in zip(self.layers, norms[1:], strict=True):
+            boundaries = cu_seqlens if layer.full else cu_window_seqlens  # [sequences + 1]
+            x, normed = layer(x, normed, norm.weight, boundaries, cos, sin)  # 2 x [patches, hidden]
+        return self.merger(normed)[reverse_index]  # [units, out_hidden_size]
+
+    def validate_inputs(
+        self,
+        pixel_values: Tensor,
+        window_index: Tensor,
+        reverse_index: Tensor,
+        cu_seqlens: Tensor,
+        cu_window_seqlens: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> None:
+        """Raise what forward's docstring says, outside of any compiled graph."""
+        self._validate_pixel_values(pixel_values)
+        patches = pixel_values.shape[0]
+        units, angles = self.config.merge_unit, self.config.head_dim // 2
+        _check("window_index", window_index, torch.int64, (patches // units,), pixel_values)
+        _check("reverse_index", reverse_index, torch.int64, (patches // units,), pixel_values)
+        _check("cu_seqlens", cu_seqlens, torch.int32, cu_seqlens.shape[:1], pixel_values)
+        _check("cu_window_seqlens", cu_window_seqlens, torch.int32, cu_window_seqlens.shape[:1], pixel_values)
+        _check("cos", cos, torch.float32, (patches, angles), pixel_values)
+        _check("sin", sin, torch.float32, (patches, angles), pixel_values)
+
+    def _validate_pixel_values(self, pixel_values: Tensor) -> None:
+        config, weight = self.config, self.patch_embed.weight
+        expected = f"[patches, {config.patch_dim}], patches a positive multiple of {config.merge_unit}"
+        if not isinstance(pixel_values, Tensor):
+            raise TypeError(f"pixel_values: got {type(pixel_values).__name__}, expected a tensor {expected}")
+        shape = tuple(pixel_values.shape)
+        if len(shape) != 2 or shape[1] != config.patch_dim or shape[0] == 0 or shape[0] % config.merge_unit:
+            raise ValueError(f"pixel_values: got shape {shape}, expected {expected}")
+        if pixel_values.dtype != weight.dtype:
+            raise TypeError(f"pixel_values: got {pixel_values.dtype}, expected {weight.dtype} as the weights have")
+        if pixel_values.device != weight.device:
+            raise ValueError(f"pixel_values: got device {pixel_values.device}, expected {weight.device}")
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], pixel_values: Tensor) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: got {tensor.dtype}, expected {dtype}")
+    if tensor.shape != shape or tensor.device != pixel_values.device:
+        raise ValueError(
+            f"{name}: got shape {tuple(tensor.shape)} on {tensor.device}, expected {tuple(shape)} on "
+            f"{pixel_values.device} for {pixel_values.shape[0]} patches"
+        )
+
+
+class Qwen2_5_VLVisionModel(nn.Module):  # noqa: N801 (transformers' prefix)
+    """Qwen2.5-VL's vision encoder with its patch merger: patches of images and videos to features.
+
+    Of it `encoder` is what compiles. What that takes beside the pixels follows from the sizes of the images: it is
+    computed on the host once a batch, here or ahead by `vision_metadata`, and then carried by the forward context.
+    """
+
+    def __init__(self, config: Qwen2_5_VLVisionConfig, *, compilation_config: CompilationConfig | None = None) -> None:
+        super().__init__()
+        if not isinstance(config, Qwen2_5_VLVisionConfig):
+            raise TypeError(f"config: got {type(config).__name__}, expected a Qwen2_5_VLVisionConfig")
+        if not isinstance(compilation_config, CompilationConfig | None):
+            raise TypeError(
+                f"compilation_config: got {type(compilation_config).__name__}, expected a CompilationConfig or None"
+            )
+        self.encoder = Qwen2_5_VLVisionEncoder(config, compilation_config=compilation_config)
+
+    @property
+    def config(self) -> Qwen2_5_VLVisionConfig:
+        """The sizes of the encoder."""
+        return self.encoder.config
+
+    @property
+    def compilation_config(self) -> CompilationConfig | None:
+        """What the encoder is compiled under; None leaves it to the forward context."""
+        return self.encoder.compilation_config
+
+    @compilation_config.setter
+    def compilation_config(self, compilation_config: CompilationConfig | None) -> None:
+        self.encoder.compilation_config = compilation_config
+
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor | None = None) -> Tensor:
+        """Encode the patches of a batch of images and videos.
+
+        Args:
+            pixel_values: [patches, patch_dim], normalised, in the dtype of the weights. In the order of transformers'
+                image processor: the patches of a unit, that becomes one feature, one after the other.
+            grid_thw: integers [images, 3] on the CPU: how many temporal patches, rows and columns of patches. Where
+                None, the forward context must have been set with `vision_metadata(grid_thw, config, device)._asdict()`.
+
+        Returns:
+            [patches // merge_unit, out_hidden_size], image after image.
+
+        Raises:
+            TypeError: another dtype.
+            ValueError: another rank, device or size, no patch at all, or neither sizes nor metadata.
+        """
+        if grid_thw is None:
+            return self.encoder(pixel_values, *_carried())
+        self.encoder._validate_pixel_values(pixel_values)
+        metadata = vision_metadata(grid_thw, self.config, pixel_values.device)
+        if (patches := metadata.cos.shape[0]) != pixel_values.shape[0]:
+            raise ValueError(f"grid_thw: got {patches} patches, expected the {pixel_values.shape[0]} of pixel_values")
+        return self.encoder(pixel_values, *metadata)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        compilation_config: CompilationConfig | None = None,
+    ) -> Self:
+        """Read the vision tower, and nothing else, of a Hugging Face checkpoint folder (safetensors only).
+
+        Args:
+            folder: holds config.json and model.safetensors, or shards with their index.
+            dtype, device: of the weights; as stored and PyTorch's default device when None.
+            compilation_config: as in the constructor.
+
+        Returns:
+            The encoder in eval mode.
+
+        Raises:
+            OSError, TypeError, ValueError: as `Qwen2_5_VLVisionConfig.from_hf` and `read_tensors` say; tensors that are
+                missing, unexpected, misshapen or corrupt are listed in one ValueError.
+        """
+        config = Qwen2_5_VLVisionConfig.from_hf(folder)
+        tensors = read_tensors(folder, vision_tensors(config), dtype=dtype, device=device)
+        with torch.device("meta"):
+            model = cls(config, compilation_config=compilation_config)
+        model.load_state_dict(tensors, assign=True)
+        return model.eval()
+
+
+def _carried() -> VisionMetadata:
+    """The forward context's metadata."""
+    carried = surroundings.context.attention_metadata if surroundings.context else {}
+    if missing := [name for name in VisionMetadata._fields if name not in carried]:
+        raise ValueError(f"grid_thw: got None, and the forward context lacks {', '.join(missing)}")
+    return VisionMetadata(**{name: carried[name] for name in VisionMetadata._fields})
