@@ -4,16 +4,21 @@ from vit_encoder.compilation.config import CompilationConfig, should_torch_compi
 from vit_encoder.compilation.context import ForwardContext, get_forward_context, set_forward_context, set_model_tag
 from vit_encoder.compilation.counter import compilation_counter
 from vit_encoder.compilation.decorator import DynamicDims, ignore_torch_compile, support_torch_compile
+from vit_encoder.compilation.deployed import DeployedModule, load
+from vit_encoder.compilation.exporting import export
 from vit_encoder.compilation.whole_graph import GraphReport, whole_graph
 
 __all__ = [
     "CompilationConfig",
+    "DeployedModule",
     "DynamicDims",
     "ForwardContext",
     "GraphReport",
     "compilation_counter",
+    "export",
     "get_forward_context",
     "ignore_torch_compile",
+    "load",
     "set_forward_context",
     "set_model_tag",
     "should_torch_compile_mm_encoder",

@@ -20,7 +20,7 @@ import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -39,7 +39,7 @@ _directories: dict[Path, str] = {}
 @contextlib.contextmanager
 def artifacts(graph: GraphModule, config: CompilationConfig, tag: str) -> Iterator[None]:
     """Compile `graph` in the block with keys that see its ops' code, and through `config.cache_dir` if there is one."""
-    code = op_code(graph)
+    code = package_code(op_packages(graph))
     if code is None:
         with torch._inductor.config.patch(force_disable_caches=True):
             yield
@@ -65,11 +65,8 @@ def artifacts(graph: GraphModule, config: CompilationConfig, tag: str) -> Iterat
             _save(path, folder)
 
 
-def op_code(graph: GraphModule) -> str | None:
-    """A hash of the packages that the custom ops of a graph come from, found by the ops' namespace.
-
-    None if there is no package of that name, so that nobody can say when an op's code has changed.
-    """
+def op_packages(graph: GraphModule) -> list[str]:
+    """The names of the packages that a graph's custom ops come from: the ops' namespaces."""
     targets = [
         node.target
         for module in graph.modules()
@@ -78,7 +75,12 @@ def op_code(graph: GraphModule) -> str | None:
         if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
     ]
     namespaces = {str(target).partition(".")[0] for target in targets}
-    hashes = [_package_hash(name) for name in sorted(namespaces - {"aten", "prims", "prim"})]
+    return sorted(namespaces - {"aten", "prims", "prim"})
+
+
+def package_code(names: Iterable[str]) -> str | None:
+    """A hash of packages' code; None if one of them does not exist: nobody could say when its code has changed."""
+    hashes = [_package_hash(name) for name in names]
     return None if None in hashes else " ".join(map(str, hashes))
 
 

@@ -129,7 +129,7 @@ class _Backend:
         if inductor_options := self.config.options():
             options = {"config_patches": inductor_options}
         hits = _cache_hits()
-        with artifacts(graph, self.config, self.tag), _size_oblivious_views():
+        with artifacts(graph, self.config, self.tag), size_oblivious_views():
             compiled = backend(graph, example_inputs, **options)
         hit = _cache_hits() > hits
         compilation_counter.cache_hits += hit
@@ -144,7 +144,7 @@ def _cache_hits() -> int:
 
 
 @contextlib.contextmanager
-def _size_oblivious_views() -> Iterator[None]:
+def size_oblivious_views() -> Iterator[None]:
     """Under backed_size_oblivious Inductor 2.13 still guards on a strided view's size (`65*s > 65`), which costs a
     second graph for size 1: its `View.create` asks for the oblivious form for unbacked sizes only.
     """

@@ -113,7 +113,7 @@ def ignore_torch_compile(cls: ModuleClass) -> ModuleClass:
 
 
 def _checked_dims(cls: type[nn.Module], name: str, dims: Dims) -> dict[str, tuple[int, ...]]:
-    parameters = list(_signature(cls.forward).parameters)[1:]
+    parameters = argument_names(cls)
     if unknown := sorted(set(dims) - set(parameters)):
         raise ValueError(
             f"{name}: got {', '.join(unknown)}, expected arguments of {cls.__name__}.forward: {', '.join(parameters)}"
@@ -169,6 +169,11 @@ def _places(cls: Any) -> dict[str, int]:
         for place, parameter in enumerate(parameters)
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     }
+
+
+def argument_names(cls: type[nn.Module]) -> list[str]:
+    """What forward takes, in its order."""
+    return list(_signature(cls.forward).parameters)[1:]
 
 
 @functools.cache

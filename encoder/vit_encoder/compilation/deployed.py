@@ -1,0 +1,150 @@
+"""An exported module in a process that only runs it: nothing is traced or compiled, Inductor is not even imported."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vit_encoder.compilation.manifest import (
+    GRAPH,
+    WEIGHTS,
+    check_configuration,
+    check_surroundings,
+    described,
+    read_manifest,
+)
+
+_ALIGNMENT = 16
+
+
+class DeployedModule:
+    """What `load` returns: called with the tensors that the exported module's forward took, without gradients."""
+
+    def __init__(self, manifest: dict[str, Any], graph: Path, weights: dict[str, Tensor], device: torch.device) -> None:
+        self.manifest = manifest
+        self.device = device
+        # The graph reads them where they lie, and does not own them.
+        self.weights = weights
+        # aoti_load_package does the same behind an import of all of Inductor.
+        index = -1 if device.index is None else device.index
+        self._runner = torch._C._aoti.AOTIModelPackageLoader(os.fspath(graph), "model", False, 1, index)
+        constants = {name: weights[name] for name in self._runner.get_constant_fqns()}
+        self._runner.load_constants(constants, False, True, user_managed=True)
+        # Without it a second thread waits inside the runner for the first, with the interpreter's lock that the
+        # first one's custom ops need.
+        self._one_at_a_time = threading.Lock()
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        """Run the graph.
+
+        Args:
+            args: those of the export, the sizes of dynamic dimensions free from 1.
+
+        Returns:
+            What forward returns.
+
+        Raises:
+            TypeError: not a tensor, or another dtype.
+            ValueError: another number of arguments, another shape or device, or an argument that requires a gradient.
+        """
+        expected = self.manifest["inputs"]
+        if len(args) != len(expected):
+            names = ", ".join(each["name"] for each in expected)
+            raise ValueError(f"args: got {len(args)} arguments, expected {len(expected)}: {names}")
+        sizes: dict[str, int] = {}
+        for x, each in zip(args, expected, strict=True):
+            _check_input(x, each, self.device, sizes)
+        inputs = [laid_out(x) for x in args]
+        with self._one_at_a_time:
+            (out,) = self._runner.boxed_run(inputs)
+        return out
+
+
+def _check_input(x: Tensor, expected: dict[str, Any], device: torch.device, sizes: dict[str, int]) -> None:
+    """Compare with the manifest; `sizes` is what its symbols stand for so far."""
+    name, shape = expected["name"], expected["shape"]
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor of shape {shape}")
+    if str(x.dtype) != expected["dtype"]:
+        raise TypeError(f"{name}: got {x.dtype}, expected {expected['dtype']}")
+    if x.device != device:
+        raise ValueError(f"{name}: got device {x.device}, expected {device}")
+    fits = x.dim() == len(shape) and all(
+        0 < size == (sizes.setdefault(known, size) if isinstance(known, str) else known)
+        for size, known in zip(x.shape, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name}: got shape {tuple(x.shape)}, expected {shape}, each at least 1, where {sizes or '{}'}"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: got requires_grad, expected none: a deployed module has no gradients")
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """As the generated code takes it: contiguous, on a boundary of 16 bytes."""
+    x = x.detach().contiguous()
+    return x.clone() if x.data_ptr() % _ALIGNMENT else x
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    configuration: Any = None,
+    weights: Mapping[str, Tensor] | None = None,
+    device: torch.device | str | None = None,
+) -> DeployedModule:
+    """Load what `export` wrote, ready to be called.
+
+    Args:
+        folder: as `export` left it.
+        configuration: that of the module which the caller expects (a dataclass or a mapping); None expects nothing.
+        weights: tensors in place of the folder's of the same names, such as a trained module's state_dict(); on
+            `device` they are used where they lie.
+        device: of the type that the module was exported on; the default one of that type when None.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a broken file; another configuration, torch version, device or code of the custom ops than at the
+            export; weights of another name or shape.
+        TypeError: weights of another dtype.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    device = torch.device(manifest["machine"]["type"] if device is None else device)
+    check_surroundings(manifest, device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if configuration is not None:
+        check_configuration(manifest, configuration)
+    given = dict(weights or {})
+    _check_weights("weights", given, manifest)
+    stored = _stored(folder / WEIGHTS, manifest["weights"].keys() - given.keys(), device)
+    _check_weights(str(folder / WEIGHTS), stored, manifest)
+    tensors = {name: x.detach().to(device).contiguous() for name, x in (stored | given).items()}
+    return DeployedModule(manifest, folder / GRAPH, tensors, device)
+
+
+def _stored(path: Path, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in sorted(names)}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: got a broken file, expected the weights that export wrote: {error}") from error
+
+
+def _check_weights(source: str, tensors: Mapping[str, Tensor], manifest: dict[str, Any]) -> None:
+    expected = manifest["weights"]
+    if unknown := sorted(set(tensors) - set(expected)):
+        raise ValueError(f"{source}: got {', '.join(unknown)}, expected names of {manifest['module']}'s weights")
+    for name, x in tensors.items():
+        if (found := described(x)) != expected[name]:
+            error = ValueError if found["shape"] != expected[name]["shape"] else TypeError
+            raise error(f"{source}: got {name} of {found}, expected {expected[name]}")

@@ -1,0 +1,141 @@
+"""A compiled module as a folder that another process loads without tracing or compiling."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+import torch.fx.experimental._config as fx_config
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils._sympy.numbers import int_oo
+
+from vit_encoder.compilation.artifacts import op_packages, package_code
+from vit_encoder.compilation.compiling import size_oblivious_views
+from vit_encoder.compilation.config import CompilationConfig
+from vit_encoder.compilation.decorator import argument_names
+from vit_encoder.compilation.manifest import FORMAT, GRAPH, MANIFEST, WEIGHTS, checksum, described, machine, plain
+
+
+@torch.no_grad()
+def export(module: nn.Module, args: Sequence[Tensor], folder: str | os.PathLike[str]) -> Path:
+    """Compile a module with AOTInductor into a new folder, for `load` in another process.
+
+    The folder holds graph.pt2 (without weights), weights.safetensors and manifest.json. It is one graph for every size
+    of the dynamic dimensions that `support_torch_compile` was told of, without gradients. Nested compile regions are
+    inlined, since AOTInductor of torch 2.13 has no calls between graphs: many equal layers take longer to export than
+    to compile. Inductor's options are those of the module's `compilation_config`.
+    Source: PyTorch, `torch._inductor.aoti_compile_and_package`.
+
+    Args:
+        module: of a class decorated with `support_torch_compile`, with one tensor as its result, in the dtype and on
+            the device that it will run with.
+        args: example arguments for the first arguments of forward; dynamic dimensions have any size from 1.
+        folder: must not exist, and appears when everything in it is complete.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: `folder` exists.
+        TypeError: a class that is not decorated, arguments that are no tensors, or a result that is no tensor.
+        ValueError: the graph does not hold for every size, or calls custom ops of which no package has the name.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"folder: got {folder}, expected one that does not exist")
+    if not all(isinstance(x, Tensor) for x in args):
+        raise TypeError(f"args: got {', '.join(type(x).__name__ for x in args)}, expected tensors")
+    with fx_config.patch(backed_size_oblivious=True), size_oblivious_views():  # type: ignore[attr-defined]
+        program = _traced(module, args)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        try:
+            _write(scratch, module, program)
+            scratch.rename(folder)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+    return folder
+
+
+def _traced(module: nn.Module, args: Sequence[Tensor]) -> ExportedProgram:
+    settings = getattr(type(module), "_compile_settings", None)
+    if settings is None:
+        raise TypeError(f"module: got {type(module).__name__}, expected a class decorated with support_torch_compile")
+    names = argument_names(type(module))[: len(args)]
+    dims = tuple(dict.fromkeys(settings.dims.get(name, ()), Dim.DYNAMIC) for name in names)
+    example = tuple(x.detach().contiguous() for x in args)
+    program = torch.export.export(module, example, dynamic_shapes=dims, strict=False)
+    if not program.call_spec.out_spec.is_leaf():
+        raise TypeError(f"module: got a result of {program.call_spec.out_spec}, expected one tensor")
+    return program
+
+
+def _write(folder: Path, module: nn.Module, program: ExportedProgram) -> None:
+    packages = op_packages(program.graph_module)
+    code = package_code(packages)
+    if code is None:
+        raise ValueError(f"module: got ops of {', '.join(packages)}, expected those of packages of these names")
+    config = getattr(module, "compilation_config", None) or CompilationConfig()
+    options = {**config.options(), "aot_inductor.package_constants_in_so": False}
+    with warnings.catch_warnings():
+        # torch 2.13 against itself.
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(folder / GRAPH), inductor_configs=options)
+    weights = {name: x.detach().contiguous() for name, x in _weights(program).items()}
+    save_file(weights, folder / WEIGHTS)
+    manifest = {
+        "format": FORMAT,
+        "module": type(module).__name__,
+        "configuration": plain(getattr(module, "config", None)),
+        # Not before the compilation, which can narrow the sizes too.
+        "inputs": [_input(name, value) for name, value in _user_inputs(program)],
+        "weights": {name: described(x) for name, x in sorted(weights.items())},
+        "torch": torch.__version__,
+        "machine": machine(next(iter(weights.values())).device),
+        "ops": {"packages": packages, "code": code},
+        "graph_sha256": checksum(folder / GRAPH),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _weights(program: ExportedProgram) -> dict[str, Tensor]:
+    """Parameters and buffers, those outside of the state_dict too."""
+    return {name: x for name, x in (program.state_dict | program.constants).items() if isinstance(x, Tensor)}
+
+
+def _user_inputs(program: ExportedProgram) -> list[tuple[str, Any]]:
+    placeholders = {node.name: node.meta["val"] for node in program.graph.find_nodes(op="placeholder")}
+    return [(str(name), placeholders[str(name)]) for name in program.graph_signature.user_inputs]
+
+
+def _input(name: str, value: Any) -> dict[str, Any]:
+    _check_every_size(name, value)
+    shape = [size if isinstance(size, int) else str(size) for size in value.shape]
+    return {"name": name, "dtype": str(value.dtype), "shape": shape}
+
+
+def _check_every_size(name: str, value: Any) -> None:
+    environment = value.fake_mode.shape_env
+    expressions = [guard.expr for guard in environment.guards]
+    # Equal sizes are one symbol in the manifest.
+    limits = [str(x) for x in expressions if not (isinstance(x, sympy.Eq) and x.lhs.is_symbol and x.rhs.is_symbol)]
+    for size in value.shape:
+        if isinstance(size, int):
+            continue
+        expression = size.node.expr
+        known = environment.var_to_range.get(expression)
+        if known is None or known.lower > 1 or known.upper != int_oo:
+            limits.append(f"{expression} in {known}")
+    if limits:
+        raise ValueError(f"{name}: got a graph that holds for {', '.join(limits)}, expected one for every size from 1")

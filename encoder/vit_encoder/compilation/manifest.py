@@ -1,0 +1,108 @@
+"""What the folder of an exported module says of itself: all that its graph was made for."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vit_encoder.compilation.artifacts import package_code
+
+GRAPH, WEIGHTS, MANIFEST = "graph.pt2", "weights.safetensors", "manifest.json"
+FORMAT = 1
+
+
+def described(x: Tensor) -> dict[str, Any]:
+    """A tensor's dtype and shape, as JSON."""
+    return {"dtype": str(x.dtype), "shape": list(x.shape)}
+
+
+def plain(configuration: Any) -> Any:
+    """A configuration (a dataclass, a mapping or None) as JSON."""
+    if dataclasses.is_dataclass(configuration) and not isinstance(configuration, type):
+        configuration = dataclasses.asdict(configuration)
+    return json.loads(json.dumps(configuration, default=repr))
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What generated code depends on: it may use every feature of the processor that compiled it."""
+    if device.type == "cpu":
+        features = [name for name, present in torch.cpu.get_capabilities().items() if present is True]
+        return {"type": "cpu", "features": sorted(features)}
+    properties = torch.cuda.get_device_properties(device)
+    architecture = getattr(properties, "gcnArchName", f"sm_{properties.major}{properties.minor}")
+    return {"type": device.type, "architecture": architecture}
+
+
+def checksum(file: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder whose graph is as it was written.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file of it is missing.
+        ValueError: the manifest or the graph is broken, or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: got no JSON, expected what export wrote: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: got another format, expected {FORMAT}; export again")
+    if (found := checksum(folder / GRAPH)) != manifest["graph_sha256"]:
+        raise ValueError(f"{folder / GRAPH}: got checksum {found}, expected {manifest['graph_sha256']}; export again")
+    return manifest
+
+
+def check_surroundings(manifest: dict[str, Any], device: torch.device) -> None:
+    """Whether a graph may run here; the packages of its custom ops are imported.
+
+    Raises:
+        ValueError: another version of torch, another device, or other code of the custom ops.
+    """
+    if torch.__version__ != manifest["torch"]:
+        raise ValueError(f"torch: got {torch.__version__}, expected {manifest['torch']} as at the export; export again")
+    _check_machine(manifest["machine"], device)
+    for namespace in manifest["ops"]["packages"]:
+        importlib.import_module(namespace)
+    if package_code(manifest["ops"]["packages"]) != manifest["ops"]["code"]:
+        names = ", ".join(manifest["ops"]["packages"])
+        raise ValueError(f"ops: the code of {names} is not what it was at the export; export again")
+
+
+def _check_machine(exported: dict[str, Any], device: torch.device) -> None:
+    if device.type != exported["type"]:
+        raise ValueError(f"device: got {device}, expected {exported['type']} as at the export")
+    if device.type != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device: got {device}, which this process does not have; the export was made for one")
+    present = machine(device)
+    if missing := sorted(set(exported.get("features", ())) - set(present.get("features", ()))):
+        raise ValueError(f"device: got a processor without {', '.join(missing)}, expected that of the export")
+    if present.get("architecture") != exported.get("architecture"):
+        raise ValueError(f"device: got {present['architecture']}, expected {exported['architecture']}")
+
+
+def check_configuration(manifest: dict[str, Any], configuration: Any) -> None:
+    """Compare with the configuration that a caller expects.
+
+    Raises:
+        ValueError: they differ; the message names the fields.
+    """
+    expected, exported = plain(configuration), manifest["configuration"]
+    if expected == exported:
+        return
+    if not isinstance(expected, dict) or not isinstance(exported, dict):
+        raise ValueError(f"configuration: got {expected!r}, expected {exported!r} as at the export")
+    fields = [name for name in {**exported, **expected} if exported.get(name) != expected.get(name)]
+    differences = ", ".join(f"{name} {expected.get(name)!r} (exported: {exported.get(name)!r})" for name in fields)
+    raise ValueError(f"configuration: got {differences}; expected that of the export")

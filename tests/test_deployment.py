@@ -1,0 +1,282 @@
+"""Exported modules: right in another process for every size, callable only with their weights, else refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from vit_encoder import Llama4VisionConfig, Llama4VisionModel, export, load, support_torch_compile
+from vit_encoder.compilation import DeployedModule, deployed, exporting, manifest
+from vit_encoder.initialise import initialise_
+
+CONFIG = replace(Llama4VisionConfig.tiny(), num_hidden_layers=2)
+TILES = (1, 17, 2, 33)
+
+
+@support_torch_compile(dynamic_arg_dims={"x": 0, "y": 0})
+class Small(nn.Module):
+    """A little arithmetic, with a parameter, and a buffer that its state_dict does not have."""
+
+    offset: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(1.0, 4.0))
+        self.register_buffer("offset", torch.full((3,), 0.5), persistent=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Shapes: [n, 3], [n, 3] -> [n]."""
+        return (x.sin() * self.weight + y * self.offset).sum(1)
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama4VisionModel:
+    model = Llama4VisionModel(CONFIG).eval()
+    initialise_(model, seed=0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def encoder(model: Llama4VisionModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(model, [pixels(3)], tmp_path_factory.mktemp("deployed") / "encoder")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(Small(), [torch.ones(1, 3), torch.ones(1, 3)], tmp_path_factory.mktemp("deployed") / "small")
+
+
+@pytest.fixture
+def copy(small: Path, tmp_path: Path) -> Path:
+    """The small module's folder, to break."""
+    return Path(shutil.copytree(small, tmp_path / "copy"))
+
+
+def pixels(tiles: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tiles, 3, CONFIG.image_size, CONFIG.image_size, generator=generator)
+
+
+def edit(folder: Path, **fields: Any) -> None:
+    path = folder / manifest.MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def in_another_process(script: str, *arguments: str | Path) -> str:
+    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stderr == ""
+    return done.stdout
+
+
+@torch.no_grad()
+def test_another_process_runs_every_tile_count_without_a_compiler(
+    model: Llama4VisionModel, encoder: Path, tmp_path: Path
+) -> None:
+    script = """
+        import sys, torch
+        from vit_encoder import load
+        folder, *files = sys.argv[1:]
+        run = load(folder)
+        for file in files:
+            torch.save(run(torch.load(file)), file)
+        print([name for name in ("torch._inductor", "torch._dynamo", "triton") if name in sys.modules])
+    """
+    files = [tmp_path / f"{tiles}.pt" for tiles in TILES]
+    for tiles, file in zip(TILES, files, strict=True):
+        torch.save(pixels(tiles, seed=tiles), file)
+    assert in_another_process(script, encoder, *files) == "[]\n"
+    for tiles, file in zip(TILES, files, strict=True):
+        expected = model(pixels(tiles, seed=tiles))
+        # Other orders of summation; the errors against fp64 are tests/test_parity.py's subject.
+        assert (torch.load(file) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_the_graph_holds_no_weights(model: Llama4VisionModel, encoder: Path) -> None:
+    held = model.layers[0].mlp.fc1.weight.detach().numpy().tobytes()[:64]  # type: ignore[union-attr, operator]
+    assert held in (encoder / manifest.WEIGHTS).read_bytes()
+    assert held not in (encoder / manifest.GRAPH).read_bytes()
+    stored = json.loads((encoder / manifest.MANIFEST).read_text())["weights"]
+    assert set(stored) == {*model.state_dict(), "rotary.cos", "rotary.sin"}
+
+
+@torch.no_grad()
+def test_given_weights_are_used_where_they_lie(encoder: Path) -> None:
+    other = Llama4VisionModel(CONFIG).eval()
+    initialise_(other, seed=1)
+    run = load(encoder, weights=other.state_dict())
+    expected = other(pixels(2))
+    assert (run(pixels(2)) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert all(run.weights[name].data_ptr() == x.data_ptr() for name, x in other.state_dict().items())
+    other.adapter.fc2.weight.zero_()
+    assert not run(pixels(2)).any()
+
+
+def test_threads_take_turns(encoder: Path) -> None:
+    script = """
+        import sys, torch
+        from concurrent.futures import ThreadPoolExecutor
+        from vit_encoder import load
+        run = load(sys.argv[1])
+        batches = [torch.randn(tiles, *run.manifest["inputs"][0]["shape"][1:]) for tiles in (1, 2, 3, 4)]
+        expected = [run(batch) for batch in batches]
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(run, 3 * batches))
+        print(all(torch.equal(result, expected[index % 4]) for index, result in enumerate(results)))
+    """
+    # In the same process a deadlock would stop the tests.
+    assert in_another_process(script, encoder) == "True\n"
+
+
+@torch.no_grad()
+def test_any_layout_of_the_arguments(small: Path) -> None:
+    run, module = load(small), Small()
+    buffer = torch.randn(40)
+    layouts = [buffer[:6].view(2, 3), buffer[1:7].view(2, 3), buffer[:6].view(3, 2).t(), buffer[:3].expand(2, 3)]
+    for x in layouts:
+        for y in layouts:
+            torch.testing.assert_close(run(x, y), module(x, y))
+    assert all(deployed.laid_out(x).data_ptr() % 16 == 0 for x in layouts)
+
+
+def test_a_configuration_that_is_expected(encoder: Path) -> None:
+    assert isinstance(load(encoder, configuration=CONFIG), DeployedModule)
+    with pytest.raises(ValueError, match=r"configuration: got num_hidden_layers 3 \(exported: 2\); expected"):
+        load(encoder, configuration=replace(CONFIG, num_hidden_layers=3))
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        ({"weight": torch.ones(4)}, ValueError, r"weights: got weight of .*\[4\].*expected .*\[3\]"),
+        ({"weight": torch.ones(3).double()}, TypeError, "weights: got weight of .*float64.*expected .*float32"),
+        ({"weigth": torch.ones(3)}, ValueError, "weights: got weigth, expected names of Small's weights"),
+    ],
+)
+def test_other_weights_are_refused(
+    weights: dict[str, Tensor], error: type[Exception], message: str, small: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        load(small, weights=weights)
+
+
+def test_another_surrounding_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="device: got cuda, expected cpu"):
+        load(copy, device="cuda")
+    edit(copy, torch="2.0.0")
+    with pytest.raises(ValueError, match=r"torch: got 2\.\S+, expected 2\.0\.0 as at the export"):
+        load(copy)
+    edit(copy, torch=torch.__version__, machine={"type": "cpu", "features": ["quantum"]})
+    with pytest.raises(ValueError, match="device: got a processor without quantum"):
+        load(copy)
+    edit(copy, machine={"type": "cuda", "architecture": "sm_90"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device: got cuda, which this process does not have"):
+        load(copy)
+
+
+def test_other_code_of_the_ops_is_refused(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = json.loads((encoder / manifest.MANIFEST).read_text())["ops"]
+    assert code["packages"] == ["vit_kernels"]
+    monkeypatch.setattr(manifest, "package_code", lambda packages: "changed")
+    with pytest.raises(ValueError, match="ops: the code of vit_kernels is not what it was"):
+        load(encoder)
+
+
+@pytest.mark.parametrize("name", [manifest.GRAPH, manifest.WEIGHTS, manifest.MANIFEST])
+def test_broken_files_are_refused(name: str, copy: Path) -> None:
+    content = (copy / name).read_bytes()
+    for broken in (content[: len(content) // 2], b"{}", b""):
+        (copy / name).write_bytes(broken)
+        with pytest.raises(ValueError, match=name):
+            load(copy)
+    (copy / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        load(copy)
+
+
+def test_a_file_without_all_weights_gives_no_module(copy: Path) -> None:
+
+    save_file({"weight": torch.ones(3)}, copy / manifest.WEIGHTS)
+    with pytest.raises(ValueError, match=f"{manifest.WEIGHTS}: .*offset"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ([torch.ones(2, 3)], ValueError, "args: got 1 arguments, expected 2: x, y"),
+        ([torch.ones(2, 3), None], TypeError, "y: got NoneType, expected a tensor"),
+        ([torch.ones(2, 3).double(), torch.ones(2, 3)], TypeError, "x: got torch.float64, expected torch.float32"),
+        ([torch.ones(2, 3, device="meta"), torch.ones(2, 3)], ValueError, "x: got device meta, expected cpu"),
+        ([torch.ones(0, 3), torch.ones(0, 3)], ValueError, r"x: got shape \(0, 3\)"),
+        ([torch.ones(2, 4), torch.ones(2, 3)], ValueError, r"x: got shape \(2, 4\)"),
+        ([torch.ones(3), torch.ones(2, 3)], ValueError, r"x: got shape \(3,\)"),
+        ([torch.ones(2, 3), torch.ones(5, 3)], ValueError, r"y: got shape \(5, 3\), expected .*, where \{'s\d+': 2\}"),
+        ([torch.ones(2, 3, requires_grad=True), torch.ones(2, 3)], ValueError, "x: got requires_grad"),
+    ],
+)
+def test_bad_arguments(args: list[Any], error: type[Exception], message: str, small: Path) -> None:
+    with pytest.raises(error, match=message):
+        load(small)(*args)
+
+
+@support_torch_compile(dynamic_arg_dims={"x": 0})
+class Conditional(nn.Module):
+    """Another graph for more than four rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: [n, 3] -> [n, 3]."""
+        return x * self.weight if x.shape[0] > 4 else x
+
+
+@support_torch_compile(dynamic_arg_dims={"x": 0})
+class Pair(Conditional):
+    """Two results."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Shapes: [n, 3] -> 2 x [n, 3]."""
+        return x, x * self.weight
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "error", "message"),
+    [
+        (nn.Linear(3, 3), [torch.ones(2, 3)], TypeError, "module: got Linear, expected a class decorated"),
+        (Small(), [torch.ones(2, 3), None], TypeError, "args: got Tensor, NoneType, expected tensors"),
+        (Pair(), [torch.ones(2, 3)], TypeError, r"module: got a result of [\s\S]*, expected one tensor"),
+        (Conditional(), [torch.ones(6, 3)], ValueError, "x: got a graph that holds for .*, expected one for every"),
+    ],
+)
+def test_what_cannot_be_exported(
+    module: nn.Module, args: list[Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        export(module, args, tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match=r"folder: got .*, expected one that does not exist"):
+        export(Small(), [torch.ones(2, 3), torch.ones(2, 3)], tmp_path)
+
+
+def test_ops_that_no_package_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "package_code", lambda packages: None)
+    with pytest.raises(ValueError, match=r"module: got ops of .*, expected those of packages"):
+        export(Small(), [torch.ones(2, 3), torch.ones(2, 3)], tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
