@@ -7,9 +7,11 @@ between and around the elements of an input is NaN.
 import functools
 import importlib
 import multiprocessing
+import resource
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -32,8 +34,8 @@ from vit_kernels.testing import (
 
 from tests.mutants import Mutant, installed
 
-SECONDS_OF_A_MUTANT = 120
-"""Where a mutant loops without end; an intact check takes one or two."""
+CPU_SECONDS_OF_A_MUTANT = 120
+"""Where a mutant loops without end; intact checks take a few, however busy the machine is."""
 
 FAR = 2**30
 """Elements from one row, head or tile to the next, so that offsets pass 2**31: memory that is hardly touched."""
@@ -441,6 +443,30 @@ def differentiates_far() -> None:
                     assert_same(actual, wanted)
 
 
+class Recorder:
+    """Stands for a kernel, and keeps what it was launched with."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **kwargs: self.given.update(kwargs)
+
+
+def differentiates_past_32_bits() -> None:
+    """A gradient of more than 2**31 elements beside queries that all are one row: too much memory to fill."""
+    module = triton_module("varlen_attention_backward")
+    tokens, heads, head_dim = 2**22 + 1, 4, 128
+    with torch.device("meta"):
+        q = torch.empty(1, heads, head_dim).expand(tokens, heads, head_dim)
+        grad, lse = torch.empty(tokens, heads, head_dim), torch.empty(heads, tokens)
+        k, cu_seqlens = torch.empty(1, heads, head_dim), torch.empty(2, dtype=torch.int32)
+    kernel = Recorder()
+    with mock.patch.multiple(module, grad_q_kernel=Recorder(), grad_kv_kernel=kernel):
+        module.launch(grad, None, q, k, k, grad, lse, cu_seqlens, cu_seqlens, 1.0, configurations=(BLOCKS, BLOCKS))
+    assert kernel.given["INT64_OFFSETS"]
+
+
 FORWARD_CHECKS = (
     attends,
     attends_steeply,
@@ -455,6 +481,7 @@ BACKWARD_CHECKS = (
     multiplies_no_more_than_it_must_backwards,
     meets_senseless_boundaries,
     differentiates_far,
+    differentiates_past_32_bits,
 )
 CHECKS: dict[str, tuple[Callable[[], None], ...]] = {
     "sequences": (*FORWARD_CHECKS, *BACKWARD_CHECKS),
@@ -476,9 +503,9 @@ def killer(mutant: Mutant) -> str | None:
     process.start()
     theirs.close()
     try:
-        return ours.recv() if ours.poll(SECONDS_OF_A_MUTANT) else "too slow"
+        return ours.recv()
     except EOFError:
-        return "crashed"
+        return "crashed, or did not end"
     finally:
         process.kill()
         process.join()
@@ -486,6 +513,7 @@ def killer(mutant: Mutant) -> str | None:
 
 
 def _report_killer(mutant: Mutant, report: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS_OF_A_MUTANT, CPU_SECONDS_OF_A_MUTANT))
     try:
         with installed(mutant):
             name = next((check.__name__ for check in CHECKS[mutant.module] if _fails(check)), None)
