@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from vit_encoder import Llama4VisionConfig, Llama4VisionModel, export, load, support_torch_compile
 from vit_encoder.compilation import DeployedModule, deployed, exporting, manifest
+from vit_encoder.compilation.artifacts import package_code
 from vit_encoder.initialise import initialise_
 
 CONFIG = replace(Llama4VisionConfig.tiny(), num_hidden_layers=2)
@@ -193,6 +194,14 @@ def test_other_code_of_the_ops_is_refused(encoder: Path, monkeypatch: pytest.Mon
         load(encoder)
 
 
+def test_the_packages_of_the_ops_are_imported(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ops_of_a_user.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    edit(copy, ops={"packages": ["ops_of_a_user"], "code": package_code(["ops_of_a_user"])})
+    load(copy)
+    assert sys.modules.pop("ops_of_a_user")
+
+
 @pytest.mark.parametrize("name", [manifest.GRAPH, manifest.WEIGHTS, manifest.MANIFEST])
 def test_broken_files_are_refused(name: str, copy: Path) -> None:
     content = (copy / name).read_bytes()
@@ -205,10 +214,12 @@ def test_broken_files_are_refused(name: str, copy: Path) -> None:
         load(copy)
 
 
-def test_a_file_without_all_weights_gives_no_module(copy: Path) -> None:
-
+def test_a_file_with_other_weights_gives_no_module(copy: Path) -> None:
     save_file({"weight": torch.ones(3)}, copy / manifest.WEIGHTS)
-    with pytest.raises(ValueError, match=f"{manifest.WEIGHTS}: .*offset"):
+    with pytest.raises(ValueError, match=rf"{manifest.WEIGHTS}: .*offset"):
+        load(copy)
+    save_file({"weight": torch.ones(4), "offset": torch.ones(3)}, copy / manifest.WEIGHTS)
+    with pytest.raises(ValueError, match=rf"{manifest.WEIGHTS}: got weight of .*\[4\]"):
         load(copy)
 
 
