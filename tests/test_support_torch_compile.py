@@ -11,6 +11,7 @@ from vit_encoder.compilation import support_torch_compile
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 ON = CompilationConfig(compile_mm_encoder=True, backend="aot_eager")
+OFFSET = 0
 
 
 @support_torch_compile(dynamic_arg_dims={"x": 0, "bias": 0})
@@ -75,6 +76,29 @@ def test_a_subclass_with_an_argument_of_its_own() -> None:
 
     with torch.no_grad(), whole_graph():
         assert Shifted()(torch.ones(2), shift=1).tolist() == [3, 3]
+
+
+def test_what_forward_reads_besides_its_tensors_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards on code are dropped; those on values, attributes and the parts of a module are not."""
+
+    class Activated(Doubled):
+        def __init__(self) -> None:
+            super().__init__()
+            self.activation: nn.Module = nn.ReLU()
+            self.power = 1
+
+        def forward(self, x: Tensor, bias: Tensor | None = None, *, scale: int = 2) -> Tensor:
+            return OFFSET + self.activation(x) ** self.power
+
+    module, x = Activated(), torch.tensor([-2.0, 3.0])
+    with torch.no_grad(), compilation_counter.expect(graphs_seen=4):
+        assert module(x).tolist() == [0, 3]
+        module.activation = nn.Identity()
+        assert module(x).tolist() == [-2, 3]
+        module.power = 2
+        assert module(x).tolist() == [4, 9]
+        monkeypatch.setitem(globals(), "OFFSET", 1)
+        assert module(x).tolist() == [5, 10]
 
 
 def test_a_user_s_own_compilation_stays_in_force() -> None:

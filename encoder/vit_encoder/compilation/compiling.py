@@ -7,6 +7,7 @@ import functools
 import inspect
 import itertools
 import operator
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,6 +29,8 @@ _ISOLATED: dict[str, Any] = (
     {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 )
 
+_CODE = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)
+
 _graphs = itertools.count()
 _dumps = itertools.count()
 
@@ -42,8 +45,10 @@ class CompiledModule:
     Dynamo guards each parameter separately, which takes most of a call (34 layers: 123 us with guards, 26 us without).
     Here the tensors that the graph is about to read are compared with those of the last call, all at once; where
     one is another object, or any module was moved or cast, one `TensorGuards` checks the same of all of them (type,
-    dtype, device, shape, strides, requires_grad). The other guards stay Dynamo's. `parameter.data = ...` by hand is
-    seen by neither.
+    dtype, device, shape, strides, requires_grad). `parameter.data = ...` by hand is seen by neither.
+
+    The other guards stay Dynamo's, but those on code, 10 us of a call: that a global function or class is still the
+    same one. A function that is patched between two calls is not seen.
     """
 
     def __init__(self, module: nn.Module, config: CompilationConfig, tag: ModelTag) -> None:
@@ -113,11 +118,11 @@ class _Backend:
         return _checking(self._compile(graph, example_inputs, options), indices, self.owner, next(_graphs))
 
     def keep(self, entries: list[Any]) -> list[bool]:
-        """Which of Dynamo's guards stay: all but those on tensors that are checked here."""
-        return [
-            entry.guard_type != "TENSOR_MATCH" or entry.orig_guard.originating_source.name not in self.checked
-            for entry in entries
-        ]
+        """Which of Dynamo's guards stay: all but those on tensors that are checked here, and on code."""
+        return [not self._is_checked(entry) and not _is_code(entry) for entry in entries]
+
+    def _is_checked(self, entry: Any) -> bool:
+        return entry.guard_type == "TENSOR_MATCH" and entry.orig_guard.originating_source.name in self.checked
 
     def _compile(
         self, graph: torch.fx.GraphModule, example_inputs: list[Any], options: dict[str, Any]
@@ -135,6 +140,11 @@ class _Backend:
         compilation_counter.cache_hits += hit
         compilation_counter.backend_compilations += not hit
         return compiled
+
+
+def _is_code(entry: Any) -> bool:
+    """Whether a guard is on a module, function or class that forward finds among the globals, not in its arguments."""
+    return isinstance(entry.value, _CODE) and "L[" not in entry.orig_guard.originating_source.name
 
 
 def _cache_hits() -> int:
