@@ -128,7 +128,9 @@ def _check_grid(grid_thw: Tensor, config: Qwen2_5_VLVisionConfig) -> None:
     if grid_thw.device.type != "cpu":
         raise ValueError(f"grid_thw: got device {grid_thw.device}, expected cpu: reading it would wait for the device")
     merge = config.spatial_merge_size
-    if bad := [grid for grid in grid_thw.tolist() if min(grid) < 1 or grid[1] % merge or grid[2] % merge]:
+    bad = (grid_thw < 1).any(1) | (grid_thw[:, 1:] % merge).any(1)
+    if bad.any():
         raise ValueError(
-            f"grid_thw: got {bad[0]}, expected frames, rows and columns from 1, rows and columns multiples of {merge}"
+            f"grid_thw: got {grid_thw[bad][0].tolist()}, expected frames, rows and columns from 1, rows and columns "
+            f"multiples of {merge}"
         )

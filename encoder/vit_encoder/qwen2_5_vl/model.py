@@ -88,13 +88,16 @@ class PatchMerger(nn.Module):
 
     def __init__(self, config: Qwen2_5_VLVisionConfig) -> None:
         super().__init__()
+        self.merge_unit = config.merge_unit
         width = config.hidden_size * config.merge_unit
         self.fc1 = nn.Linear(width, width)
         self.fc2 = nn.Linear(width, config.out_hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: [patches, hidden] -> [units, out_hidden_size]."""
-        return self.fc2(F.gelu(self.fc1(x.reshape(-1, self.fc1.in_features))))
+        # In one step Inductor of torch 2.13 takes the one unit that it cannot rule out for the only one, and is wrong.
+        x = x.unflatten(0, (-1, self.merge_unit)).flatten(1)  # [units, merge_unit * hidden]
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 @support_torch_compile(dynamic_arg_dims=dict.fromkeys(("pixel_values", *VisionMetadata._fields), 0), is_encoder=True)
