@@ -28,9 +28,12 @@ def allow_torchvision_beside_cpu_torch() -> None:
     Call it before the first import of torchvision or transformers; calling it again changes nothing. Nothing is done
     where torchvision is missing, already imported, or has operators that load.
     """
-    if "torchvision" in sys.modules or hasattr(torch.ops.torchvision, "nms"):
+    if "torchvision" in sys.modules:
         return
+    # The search may meet a finder that declares them: see scripts/torchvision_beside_cpu_torch.py.
     spec = importlib.util.find_spec("torchvision")
+    if hasattr(torch.ops.torchvision, "nms"):
+        return
     if spec is None or not spec.submodule_search_locations or _loads_compiled_ops(spec.submodule_search_locations[0]):
         return
     library = torch.library.Library("torchvision", "FRAGMENT")
