@@ -149,13 +149,14 @@ class Qwen2_5_VLVisionEncoder(nn.Module):  # noqa: N801 (transformers' prefix)
         for tensor in (pixel_values, cos, sin):
             torch._check(tensor.shape[0] == self.config.merge_unit * units)
         x = self.patch_embed(pixel_values)  # [patches, hidden]
-        x = x.unflatten(0, (-1, self.config.merge_unit))[window_index].flatten(0, 1)  # [patches, hidden]
+        x = x.unflatten(0, (-1, self.config.merge_unit))  # [units, merge_unit, hidden]
+        x = x.index_select(0, window_index).flatten(0, 1)  # [patches, hidden]
         norms: list[nn.RMSNorm] = [*(layer.norm_1 for layer in self.layers), self.norm_post]  # type: ignore[list-item]
         normed = norms[0](x)  # [patches, hidden]
         for layer, norm in zip(self.layers, norms[1:], strict=True):
             boundaries = cu_seqlens if layer.full else cu_window_seqlens  # [sequences + 1]
             x, normed = layer(x, normed, norm.weight, boundaries, cos, sin)  # 2 x [patches, hidden]
-        return self.merger(normed)[reverse_index]  # [units, out_hidden_size]
+        return self.merger(normed).index_select(0, reverse_index)  # [units, out_hidden_size]
 
     def validate_inputs(
         self,
