@@ -1,0 +1,36 @@
+"""The compile ledger's figure: CPU-seconds to the first result, one bar a form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+COLOURS = {"plain": "#8da0b6", "transformers": "#4c6a92"}
+OURS = "#d95f02"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw the rows of a compile ledger into a PNG file."""
+    rows = result["rows"]
+    figure = Figure(figsize=(9, 1.4 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for y, row in enumerate(rows):
+        if row["problem"]:
+            axes.annotate("no figure: wrong or failed", (0, y), va="center", fontsize=8)
+            continue
+        axes.barh(y, row["cpu_seconds"], color=COLOURS.get(row["name"], OURS), height=0.62)
+        samples = [sample["cpu_seconds"] for sample in row["samples"]]
+        axes.plot(samples, [y] * len(samples), "o", color="black", markersize=3)
+        axes.annotate(f"  {row['cpu_seconds']:.3g}", (max(samples), y), va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(
+        f"CPU-seconds to the first result: {result['layers']} layers of width {result['width']}, one thread",
+        loc="left",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=110)

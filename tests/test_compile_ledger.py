@@ -1,0 +1,120 @@
+"""The compile ledger: its processes measure what they say, and what is wrong or failed has no figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vit_encoder import CompilationConfig, Llama4VisionModel
+
+from experiments import compile_ledger, compile_process
+
+SIZE = ["--layers", "1", "--heads", "1"]
+
+
+def in_this_process(form: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    folders = ["--cache", str(folder / "cache"), "--artefact", str(folder / "artefact"), "--started", "0"]
+    threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
+    try:
+        compile_process.main([form, *SIZE, *folders])
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(grad)
+    seen: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return seen
+
+
+def test_a_process_of_its_own(tmp_path: Path) -> None:
+    seen = compile_ledger._run("decorated", SIZE, tmp_path)
+    assert "problem" not in seen
+    assert seen["graphs"] == 1
+    assert 0 < seen["seconds"] < seen["seconds_with_imports"]
+    assert list((tmp_path / "cache").glob("*.artefact"))
+
+
+def test_a_process_that_fails_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "FileNotFoundError" in compile_ledger._run("loaded", SIZE, tmp_path)["problem"]
+    monkeypatch.setattr(compile_ledger, "SECONDS_OF_A_PROCESS", 0.01)
+    assert compile_ledger._run("loaded", SIZE, tmp_path) == {"problem": "no end within 0.01 s"}
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_wrong_features_are_seen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(model: Llama4VisionModel, options: Any) -> compile_process.Call:
+        # One tile alone goes wrong, and not in the first call.
+        return lambda x: model(x) * (1.001 if len(x) == 1 else 1.0)
+
+    monkeypatch.setitem(compile_process.FORMS, "plain", wrong)
+    seen = in_this_process("plain", tmp_path, capsys)
+    assert seen["deviation"] > seen["allowed"]
+    monkeypatch.setitem(compile_process.FORMS, "plain", lambda model, options: model)
+    seen = in_this_process("plain", tmp_path, capsys)
+    assert seen["deviation"] <= seen["allowed"]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_the_plain_form_inlines_the_layers_and_ours_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_process.EncoderLayer, "_region", compile_process.EncoderLayer._region)
+    regions = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        regions.append(sum("invoke_subgraph" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compiler(*args, **{**kwargs, "backend": backend}))
+    model = compile_process.random_encoder(
+        compile_process.config_of(3, 1), dtype=torch.float32, device=torch.device("cpu")
+    )
+    x = compile_process.pixels(model.config, 2)
+    with torch.no_grad():
+        model.compilation_config = CompilationConfig(compile_mm_encoder=True)
+        model(x)
+        model.compilation_config = None
+        compile_process.FORMS["plain"](model, None)(x)  # type: ignore[arg-type]
+    assert regions == [3, 0]
+
+
+def row(name: str, cpu_seconds: float) -> dict[str, Any]:
+    sample = {"cpu_seconds": cpu_seconds, "seconds": cpu_seconds, "seconds_with_imports": cpu_seconds + 1, "graphs": 1}
+    return compile_ledger._summary(name, "", [sample])
+
+
+def test_goals_are_met_missed_or_not_measured() -> None:
+    seconds = {"plain": 10.0, "transformers": 20.0, "ours, cold": 6.0, "ours, warm": 1.5, "export": 9.0, "load": 3.0}
+    rows = [row(name, of) for name, of in seconds.items()]
+    lines = [compile_ledger.describe(goal) for goal in compile_ledger._goals(rows)]
+    assert lines == [
+        "ours, cold of plain: 0.6x, goal 0.55x: MISSED",
+        "ours, cold of transformers: 0.3x, goal 0.55x: met",
+        "ours, warm of plain: 0.15x, goal 0.15x: met",
+        "load: 4 s, goal 5.0 s: met",
+    ]
+    rows[1] = compile_ledger._summary("transformers", "", [{"problem": "wrong"}])
+    assert compile_ledger.describe(compile_ledger._goals(rows)[1]).endswith("not measured (goal 0.55x)")
+
+
+def test_the_medians_are_of_all_rounds_and_one_wrong_sample_spoils_them() -> None:
+    samples = [row("x", cpu)["samples"][0] for cpu in (1.0, 2.0, 9.0)]
+    assert compile_ledger._summary("x", "", samples)["cpu_seconds"] == 2.0
+    spoiled = compile_ledger._summary("x", "", [*samples, {"problem": "wrong"}])
+    assert "cpu_seconds" not in spoiled
+    assert compile_ledger._figures(spoiled) == ["-"] * 4
+
+
+def test_a_figure_and_a_file_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = row("x", 2.0)["samples"][0]
+    samples = {name: [sample] for name, _, _ in compile_ledger.ROWS} | {"transformers": [{"problem": "wrong"}]}
+    monkeypatch.setattr(compile_ledger, "measure", lambda *size: samples)
+    assert compile_ledger.main(["--out", str(tmp_path)]) == 1
+    assert "MISSED" in capsys.readouterr().out
+    result = json.loads((tmp_path / "compile_ledger-176.json").read_text())
+    assert [each["problem"] for each in result["rows"]].count("wrong") == 1
+    assert (tmp_path / "compile_ledger-176.png").stat().st_size > 10_000
