@@ -1,0 +1,40 @@
+"""Matrix work that attention issues for a real image of Qwen2.5-VL, padding included, against what it has to do."""
+
+import torch
+from torch import Tensor
+from vit_encoder import Qwen2_5_VLVisionConfig
+from vit_encoder.qwen2_5_vl import vision_metadata
+from vit_kernels import force_impl, varlen_attention
+from vit_kernels.testing import corrected_interpreter, seeded_tensor
+
+CONFIG = Qwen2_5_VLVisionConfig.qwen2_5_vl_7b()
+METADATA = vision_metadata(torch.tensor([[1, 74, 54]]), CONFIG)
+"""A photograph of 1036 x 756 pixels: windows of 64 patches and, along two edges, of 48, 16 and 12."""
+
+
+def issued(cu_seqlens: Tensor) -> float:
+    """FLOPs of the dots of one head."""
+    shape = (int(cu_seqlens[-1]), 3, 1, CONFIG.head_dim)
+    q, k, v = seeded_tensor(shape, dtype=torch.bfloat16, seed=0).unbind(1)
+    with corrected_interpreter() as counts, force_impl("triton"):
+        varlen_attention(q, k, v, cu_seqlens)
+    return counts.dot_flops
+
+
+def useful(cu_seqlens: Tensor) -> int:
+    """4 * length**2 * head_dim a sequence."""
+    return int(4 * cu_seqlens.long().diff().square().sum() * CONFIG.head_dim)
+
+
+def test_whole_windows_pad_nothing_to_speak_of() -> None:
+    windows = torch.arange(0, 5 * 64, 64, dtype=torch.int32)
+    assert issued(windows) <= 1.10 * useful(windows)
+
+
+def test_a_photograph_with_ragged_windows_and_full_attention() -> None:
+    lengths = METADATA.cu_window_seqlens.diff().unique().tolist()
+    assert lengths == [12, 16, 48, 64]
+    full = len(CONFIG.fullatt_block_indexes)
+    layers = {METADATA.cu_window_seqlens: CONFIG.depth - full, METADATA.cu_seqlens: full}
+    work = sum(count * issued(cu_seqlens) for cu_seqlens, count in layers.items())
+    assert work <= 1.15 * sum(count * useful(cu_seqlens) for cu_seqlens, count in layers.items())
