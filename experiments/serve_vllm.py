@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -30,9 +31,16 @@ from experiments.vllm_load import Load, drive, image_files
 from experiments.vllm_server import ServerError, check_port, end_of, free_port, serving, vllm_command
 from experiments.vllm_variants import VARIANTS, Variant, environment
 
-RESULTS = Path(__file__).parent / "results" / "local"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments/results/local"
 # A tiny checkpoint's sizes; a real one's come from its own configuration.
 TINY_ARGUMENTS = ("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "4")
+# Of what vLLM's benchmark writes; the rest is about single requests, or names files of this machine.
+KEPT = (
+    "completed", "failed", "duration", "total_input_tokens", "total_output_tokens", "request_throughput",
+    "output_throughput", "mean_ttft_ms", "median_ttft_ms", "mean_tpot_ms", "median_tpot_ms", "mean_itl_ms",
+    "median_itl_ms", "encoder_seconds",
+)  # fmt: skip
 
 EXAMPLES = """examples:
   %(prog)s
@@ -154,7 +162,7 @@ def _rounds(options: argparse.Namespace, model: Path, load: Load) -> list[Result
                 except (OSError, RuntimeError) as error:
                     results[variant].problems.append(f"round {number + 1}: {error}")
                 else:
-                    results[variant].rounds.append(measured)
+                    results[variant].rounds.append({name: measured[name] for name in KEPT})
                     if measured["failed"]:
                         reason = next(filter(None, measured["errors"]), "no reason given").strip().splitlines()[-1]
                         results[variant].problems.append(
@@ -169,8 +177,9 @@ def _measure(
 ) -> dict[str, Any]:
     """One server and one benchmark on it."""
     name = f"{variant.key}-{number}"
-    # The encoder's seconds come through an endpoint for developers.
-    variables = environment(variant, folder / "cache") | {"VLLM_SERVER_DEV_MODE": "1"}
+    # The encoder's seconds come through an endpoint for developers, and from a module of this project.
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    variables = environment(variant, folder / "cache") | {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": path}
     port = options.port or free_port()
     command = _serve_command(options, variant, model)
     with serving(
@@ -187,7 +196,8 @@ def _measure(
 def _serve_command(options: argparse.Namespace, variant: Variant, model: Path) -> Sequence[str]:
     return vllm_command(
         "serve", str(model), "--compilation-config", json.dumps(variant.compilation_config),
-        "--no-enable-prefix-caching", "--mm-processor-cache-gb", "0", "--enable-mm-processor-stats",
+        "--no-enable-prefix-caching", "--mm-processor-cache-gb", "0",
+        "--worker-extension-cls", "experiments.vllm_encoder_timer.EncoderTimer",
         *(TINY_ARGUMENTS if options.model is None else ()), *options.serve.split(),
     )  # fmt: skip
 

@@ -44,12 +44,10 @@ class Server:
     def encoder_seconds(self) -> float | None:
         """Seconds spent in the vision encoder since the last question, of the slowest worker; None where not told."""
         try:
-            answer = _post(f"{self.url}/collective_rpc", {"method": "get_encoder_timing_stats"})
+            answer = _post(f"{self.url}/collective_rpc", {"method": "encoder_seconds"})
         except (OSError, ValueError):
             return None
-        workers = [requests for requests in answer["results"] if isinstance(requests, dict)]
-        seconds = [sum(stats["encoder_forward_secs"] for stats in requests.values()) for requests in workers]
-        return max(seconds, default=None)
+        return max((float(worker["seconds"]) for worker in answer["results"]), default=None)
 
 
 def free_port() -> int:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ import pytest
 
 from experiments import serve_vllm, vllm_load, vllm_server
 from experiments.serving_report import differences, draw, table
+from experiments.vllm_encoder_timer import EncoderTimer
 from experiments.vllm_load import TILE_MIX, Load, drive, image_files, tile_mix
 from experiments.vllm_server import Server, ServerError, check_port, free_port, serving
 from experiments.vllm_variants import VARIANTS, Variant, environment
@@ -31,7 +33,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer({})
     def do_POST(self):
-        self.answer({"results": [{"a": {"encoder_forward_secs": 1.5}, "b": {"encoder_forward_secs": 0.5}}, None]})
+        self.answer({"results": [{"seconds": 1.5, "calls": 2}, {"seconds": 2.0, "calls": 2}]})
     def log_message(self, *args):
         pass
 wrong = os.environ.get("WRONG")
@@ -95,6 +97,18 @@ def test_a_server_that_never_gets_ready_is_reported_with_its_log(tmp_path: Path,
         pytest.fail("the block must not run")
     assert ("no such model" if wrong == "ends" else "child") in str(raised.value)
     assert_nothing_left(tmp_path)
+
+
+def test_the_encoder_timer_counts_from_the_first_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr("experiments.vllm_encoder_timer.time.perf_counter", lambda: next(clock))
+    timer, model = EncoderTimer(), SimpleNamespace(embed_multimodal=lambda tiles: tiles + 1)
+    timer.model_runner = SimpleNamespace(get_model=lambda: model)
+    model.embed_multimodal(1)
+    assert timer.encoder_seconds() == {"seconds": 0, "calls": 0}
+    assert [model.embed_multimodal(tiles) for tiles in (1, 2)] == [2, 3]
+    assert timer.encoder_seconds() == {"seconds": 2, "calls": 2}
+    assert timer.encoder_seconds() == {"seconds": 0, "calls": 0}
 
 
 def test_a_port_that_is_taken_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,6 +210,8 @@ def measured(throughput: float, failed: int = 0, encoder_seconds: float | None =
         "completed": 16 - failed, "failed": failed, "duration": 10.0, "total_output_tokens": 256,
         "request_throughput": throughput, "output_throughput": 25.6, "mean_ttft_ms": 100 / throughput,
         "mean_tpot_ms": 5.0, "mean_itl_ms": 5.0, "encoder_seconds": encoder_seconds, "errors": ["", "lost"],
+        "median_ttft_ms": 1.0, "median_tpot_ms": 1.0, "median_itl_ms": 1.0, "total_input_tokens": 99,
+        "model_id": "where it lies",
     }  # fmt: skip
 
 
@@ -271,6 +287,7 @@ def test_variants_take_turns_and_each_round_starts_with_another(
     seeds = [call.kwargs["seed"] for call in drive.call_args_list]
     assert seeds == [0, 0, 0, 1, 1, 1]
     assert [len(variant["rounds"]) for variant in result["variants"]] == [2, 2, 2]
+    assert "where it lies" not in json.dumps(result)
     assert "hides the difference" in capsys.readouterr().out
     assert (tmp_path / "serve_vllm-model.png").exists()
 
