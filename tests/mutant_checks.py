@@ -14,11 +14,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from vit_kernels import _pixel_grid, layer_norm_pixel_shuffle, rotary_2d, varlen_attention
 from vit_kernels import varlen_attention_backward as eager_backward
 from vit_kernels.reference import (
     layer_norm_pixel_shuffle_reference,
+    linear_gelu_reference,
     pixel_shuffle_reference,
     rotary_2d_reference,
     varlen_attention_lse_reference,
@@ -156,6 +158,65 @@ def writes_normalised_far() -> None:
     expected = module.launch(x, weight, bias, 1, 1, 1, 1e-5).flatten()
     for row in (0, 2**27 * 16):
         assert_same(out[row : row + 64], expected.repeat(4))
+
+
+# linear_gelu
+
+
+def gelu_blocks(tokens: int, in_features: int, out_features: int, blocks: tuple[int, int, int, int]) -> None:
+    x, weight = (padded((n, in_features), torch.float32, i) for i, n in enumerate((tokens, out_features)))
+    bias = nan_padded(seeded_tensor((out_features,), torch.float32, 2), [(4, 4)]).tensor
+    block_m, block_n, block_k, group_m = blocks
+    configuration = {
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": group_m, "INPUT_PRECISION": "ieee",
+    }  # fmt: skip
+    with nan_filled_empty():
+        out = triton_module("linear_gelu").launch(x, weight, bias, configuration=configuration)
+    assert_close_to_reference(out, linear_gelu_reference(x, weight, bias), F.gelu(F.linear(x, weight, bias)))
+
+
+def gelus() -> None:
+    """Ragged and whole blocks in every direction; a last group of fewer blocks of tokens."""
+    gelu_blocks(85, 40, 70, (16, 32, 16, 2))
+    gelu_blocks(48, 32, 64, (16, 32, 16, 2))
+    gelu_blocks(33, 17, 31, (32, 16, 32, 4))
+    gelu_blocks(40, 33, 16, (16, 16, 16, 3))
+
+
+def gelus_with_no_more_products_than_it_must() -> None:
+    blocks = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2, "INPUT_PRECISION": "ieee"}
+    with corrected_interpreter() as counts:
+        triton_module("linear_gelu").launch(
+            torch.ones(48, 32), torch.ones(64, 32), torch.ones(64), configuration=blocks
+        )
+    assert counts.dot_flops == 2 * 48 * 32 * 64
+
+
+def gelus_nothing() -> None:
+    launch = triton_module("linear_gelu").launch
+    for tokens, out_features in ((0, 5), (5, 0)):
+        assert launch(torch.ones(tokens, 3), torch.ones(out_features, 3), torch.ones(out_features)).numel() == 0
+
+
+def gelus_far() -> None:
+    launch = triton_module("linear_gelu").launch
+    x, weight, bias = (seeded_tensor(shape, torch.float16, i) for i, shape in enumerate(((4, 8), (4, 8), (4,))))
+    expected = launch(x, weight, bias)
+    assert_same(launch(spread(x, 0), weight, bias), expected)
+    assert_same(launch(x, spread(weight, 0), bias), expected)
+
+
+def writes_gelus_far() -> None:
+    """The first features of tokens of 2**30: the offsets in the contiguous output pass 2**31 too."""
+    kernel = triton_module("linear_gelu").linear_gelu_kernel
+    x, weight = seeded_tensor((4, 8), torch.float16, 0), seeded_tensor((1, 8), torch.float16, 1)
+    out, bias = torch.empty(4 * FAR, dtype=torch.float16), torch.zeros(FAR, dtype=torch.float16)
+    kernel[(1,)](
+        x, weight.expand(FAR, 8), bias, out, 8, 0, 4, 8, FAR,
+        WHOLE_STEPS=True, BLOCK_M=4, BLOCK_N=16, BLOCK_K=8, GROUP_M=1, INPUT_PRECISION="ieee",
+    )  # fmt: skip
+    expected = F.gelu(x.double() @ weight.double().T).half().expand(4, 16)
+    torch.testing.assert_close(out.as_strided((4, 16), (FAR, 1)), expected)
 
 
 # rotary_2d
@@ -488,6 +549,13 @@ CHECKS: dict[str, tuple[Callable[[], None], ...]] = {
     "varlen_attention": FORWARD_CHECKS,
     "varlen_attention_backward": BACKWARD_CHECKS,
     "rotary_2d": (rotates, rotates_from_far),
+    "linear_gelu": (
+        gelus,
+        gelus_with_no_more_products_than_it_must,
+        gelus_nothing,
+        gelus_far,
+        writes_gelus_far,
+    ),
     "pixel_shuffle": (shuffles_grids, shuffles_more_channels_than_a_block, shuffles_from_far, writes_far),
     "layer_norm_pixel_shuffle": (normalises_and_shuffles, normalises_from_far, writes_normalised_far),
 }

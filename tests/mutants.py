@@ -21,6 +21,7 @@ MODULES = (
     "rotary_2d",
     "pixel_shuffle",
     "layer_norm_pixel_shuffle",
+    "linear_gelu",
 )
 
 _COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {

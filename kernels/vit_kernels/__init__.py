@@ -3,9 +3,18 @@
 import vit_kernels.varlen_attention_backward  # noqa: F401  (registers the op)
 from vit_kernels._dispatch import force_impl
 from vit_kernels.layer_norm_pixel_shuffle import layer_norm_pixel_shuffle
+from vit_kernels.linear_gelu import linear_gelu
 from vit_kernels.pixel_shuffle import pixel_shuffle
 from vit_kernels.rotary_2d import rotary_2d
 from vit_kernels.rotary_2d_qkv import rotary_2d_qkv_
 from vit_kernels.varlen_attention import varlen_attention
 
-__all__ = ["force_impl", "layer_norm_pixel_shuffle", "pixel_shuffle", "rotary_2d", "rotary_2d_qkv_", "varlen_attention"]
+__all__ = [
+    "force_impl",
+    "layer_norm_pixel_shuffle",
+    "linear_gelu",
+    "pixel_shuffle",
+    "rotary_2d",
+    "rotary_2d_qkv_",
+    "varlen_attention",
+]

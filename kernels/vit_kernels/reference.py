@@ -154,3 +154,20 @@ def varlen_attention_lse_reference(
                 largest = scores.max() if len(scores) else torch.tensor(0.0)
                 lse[head, token] = (scores - largest).exp().sum().log() + largest
     return lse
+
+
+def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """u * Phi(u) of u = x @ weight.T + bias with the normal distribution's cdf Phi, in fp64.
+
+    Source: Hendrycks and Gimpel, Gaussian Error Linear Units (arXiv 1606.08415), section 2.
+
+    Args:
+        x: [tokens, in_features].
+        weight: [out_features, in_features].
+        bias: [out_features].
+
+    Returns:
+        [tokens, out_features] as float64.
+    """
+    u = (x.double()[:, None] * weight.double()).sum(-1) + bias.double()
+    return u * torch.special.ndtr(u)

@@ -55,6 +55,17 @@ _GRAD_KV: dict[str, list[Blocks]] = {
     "gfx9": [(32, 64, 2, 1), (32, 32, 1, 1)],
 }
 
+# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages of linear_gelu. More than 64 accumulators a thread spill on NVIDIA,
+# and (256, 128) leaves the tensor memory of sm_100 unused.
+_LINEAR: dict[str, list[tuple[int, int, int, int, int]]] = {
+    "cuda": [(128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3)],
+    "gfx9": [(128, 128, 64, 8, 2), (128, 128, 32, 4, 2), (128, 128, 64, 4, 1)],
+}
+_LINEAR_FLOAT32: dict[str, list[tuple[int, int, int, int, int]]] = {
+    "cuda": [(64, 64, 16, 4, 2), (64, 64, 32, 4, 2), (32, 64, 32, 4, 2)],
+    "gfx9": [(64, 64, 32, 4, 2), (64, 64, 16, 4, 2), (128, 64, 32, 8, 2)],
+}
+
 
 def split_head_dim(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """Two block widths that cover head_dim: the largest power of two in it, and one for the rest.
@@ -64,6 +75,19 @@ def split_head_dim(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     block_0 = 1 << (head_dim.bit_length() - 1)
     rest = head_dim - block_0
     return block_0, max(32 if dtype == torch.float32 else 16, triton.next_power_of_2(rest)) if rest else 0
+
+
+def linear_candidates(dtype: torch.dtype, target: str) -> list[Configuration]:
+    """As `candidates`, for linear_gelu, which has no heads."""
+    rows = (_LINEAR_FLOAT32 if dtype == torch.float32 else _LINEAR)["gfx9" if _family(target) == "gfx9" else "cuda"]
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    shared: Configuration = {"GROUP_M": 8, "INPUT_PRECISION": _input_precision(dtype, target)}
+    return [shared | dict(zip(names, row, strict=True)) for row in rows]
+
+
+def _input_precision(dtype: torch.dtype, target: str) -> str:
+    """float32 as three products of tf32 on NVIDIA's tensor cores, never one; AMD's multiply it as it is."""
+    return "tf32x3" if dtype == torch.float32 and target.startswith("sm") else "ieee"
 
 
 def candidates(kernel: str, head_dim: int, dtype: torch.dtype, target: str) -> list[Configuration]:
@@ -80,8 +104,7 @@ def candidates(kernel: str, head_dim: int, dtype: torch.dtype, target: str) -> l
         "BLOCK_D0": block_0,
         "BLOCK_D1": block_1,
         "BLOCK_TAIL": 16,
-        # On NVIDIA's tensor cores as three products of tf32, never one; AMD's multiply float32 as it is.
-        "INPUT_PRECISION": "tf32x3" if dtype == torch.float32 and target.startswith("sm") else "ieee",
+        "INPUT_PRECISION": _input_precision(dtype, target),
     }
     if kernel == "varlen_attention":
         # A program of 16 rows for a short last block of queries. More than 16 keys at a time would cost registers,
@@ -112,6 +135,17 @@ def _family(target: str) -> str:
     return {"sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}.get(target, "sm_80")
 
 
+def default_linear(dtype: torch.dtype) -> Configuration:
+    """The configuration of linear_gelu on the current device."""
+    target = "interpreter" if triton.knobs.runtime.interpret else _current_target()
+    return linear_candidates(dtype, target)[0]
+
+
+def _current_target() -> str:
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).partition(":")[0]
+
+
 def preferred(kernel: str, head_dim: int, dtype: torch.dtype) -> Configuration:
     """The configuration to launch on the current device: the tuned one where there is one, else the default.
 
@@ -125,8 +159,7 @@ def preferred(kernel: str, head_dim: int, dtype: torch.dtype) -> Configuration:
 
 @functools.cache
 def _preferred(kernel: str, head_dim: int, dtype: torch.dtype, active: Any, device: int) -> Configuration:
-    target = active.get_current_target()
-    name = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).partition(":")[0]
+    name = _current_target()
     kept = candidates(kernel, head_dim, dtype, name)
     wanted = _tuned(name, device).get(kernel, {}).get(f"{head_dim} {str(dtype).removeprefix('torch.')}")
     if wanted is None:
