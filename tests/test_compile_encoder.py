@@ -143,7 +143,7 @@ def assert_wrong(result: dict[str, Any], *names: str) -> None:
 def test_an_encoder_without_rotary_is_not_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vit_encoder.llama4.model.rotary_2d_qkv_", lambda qkv, cos, sin: qkv)
+    monkeypatch.setattr("vit_encoder.attention.rotary_2d_qkv_", lambda qkv, cos, sin, interleaved: qkv)
     assert_wrong(run(tmp_path, code=1), "eager", "compiled")
     printed = capsys.readouterr().out
     assert printed.count("WRONG, not timed") == 2
@@ -309,7 +309,7 @@ def test_results_go_between_the_markers() -> None:
 
 
 def test_a_wrong_result_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vit_encoder.llama4.model.rotary_2d_qkv_", lambda qkv, cos, sin: qkv)
+    monkeypatch.setattr("vit_encoder.attention.rotary_2d_qkv_", lambda qkv, cos, sin, interleaved: qkv)
     run(tmp_path, code=1)
     with pytest.raises(ValueError, match="got a result that is not right"):
         update_readme.results_text(tmp_path)
@@ -332,7 +332,7 @@ def test_random_weights_do_not_amplify_rounding_but_show_a_missing_rotary(monkey
     expected = reference_forward(model, x)
     with torch.no_grad():
         assert relative_error(model(x), expected).rms < ALLOWED_EPS / 2 * torch.finfo(torch.float32).eps
-        monkeypatch.setattr("vit_encoder.llama4.model.rotary_2d_qkv_", lambda qkv, cos, sin: qkv)
+        monkeypatch.setattr("vit_encoder.attention.rotary_2d_qkv_", lambda qkv, cos, sin, interleaved: qkv)
         assert relative_error(model(x), expected).rms > ALLOWED_EPS * torch.finfo(torch.bfloat16).eps
 
 
