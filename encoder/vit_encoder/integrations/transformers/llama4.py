@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_encoder.compilation import CompilationConfig
+from vit_encoder.integrations.transformers.shared import (
+    PackedLinear,
+    Shared,
+    SharedForward,
+    compilation_config,
+    put,
+    take_back,
+)
 from vit_encoder.llama4 import Llama4VisionConfig, Llama4VisionModel
 
 
@@ -32,13 +38,7 @@ def apply_to_llama4(model: nn.Module, *, compile: bool | CompilationConfig = Fal
             dropout in training, of which our encoder has none.
     """
     vision = _vision_model(model)
-    config = compile if isinstance(compile, CompilationConfig) else CompilationConfig(compile_mm_encoder=compile)
-    forward = vision.__dict__.get("forward")
-    if isinstance(forward, _Forward):
-        forward.encoder.compilation_config = config
-        return
-    _check_weights(vision)
-    vision.forward = _Forward(vision, config)
+    put(vision, compilation_config(compile), lambda: _Forward(vision, _encoder(vision), _shared))
 
 
 def revert_llama4(model: nn.Module) -> None:
@@ -48,10 +48,7 @@ def revert_llama4(model: nn.Module) -> None:
         TypeError: not a Llama 4 model of transformers.
         ValueError: it was not applied to this model.
     """
-    vision = _vision_model(model)
-    if not isinstance(vision.__dict__.get("forward"), _Forward):
-        raise ValueError("model: got one that computes its own image features, expected one after apply_to_llama4")
-    del vision.forward
+    take_back(_vision_model(model))
 
 
 def _vision_model(model: nn.Module) -> Any:
@@ -66,24 +63,7 @@ def _vision_model(model: nn.Module) -> Any:
     return vision
 
 
-def _check_weights(vision: nn.Module) -> None:
-    devices = {parameter.device for parameter in vision.parameters()}
-    # accelerate's hooks move weights in and out, or activations between devices.
-    hooked = any(hasattr(module, "_hf_hook") for module in vision.modules())
-    if hooked or len(devices) != 1 or torch.device("meta") in devices:
-        raise ValueError(
-            f"model: got a vision model on {', '.join(sorted(map(str, devices)))}"
-            f"{' with hooks of accelerate' if hooked else ''}, expected loaded weights on one device"
-        )
-
-
-class _Forward:
-    """The vision model's forward; an object, so that a copy of the model gets one of its own."""
-
-    def __init__(self, vision: Any, config: CompilationConfig) -> None:
-        self.vision = vision
-        self.encoder = _encoder(vision, config)
-
+class _Forward(SharedForward):
     def __call__(
         self,
         pixel_values: Tensor,
@@ -97,31 +77,34 @@ class _Forward:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         config = self.vision.config
-        for name, given in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
-            if getattr(config, name, False) if given is None else given:
-                raise ValueError(f"{name}: got True, expected False, or revert_llama4 first: our encoder keeps none")
+        self.refuse_extras(output_attentions, output_hidden_states)
         if self.vision.training and (config.attention_dropout or config.projector_dropout):
             raise ValueError("model: got training mode and dropout, expected eval mode, or dropout of 0 in its config")
-        _follow(self.encoder, self.vision)
+        self.follow()
         features = self.encoder(pixel_values)  # [tiles, tokens, vision_output_dim]
         if return_dict is False or (return_dict is None and not config.return_dict):
             return (features,)
         # transformers 5.0 takes the features from pooler_output, later ones from last_hidden_state.
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features)
 
+    def follow(self) -> None:
+        """The tables of the rotary embedding follow the weights to their device."""
+        super().follow()
+        device = self.encoder.class_embedding.device
+        if self.encoder.rotary.cos.device != device:
+            self.encoder.rotary.to(device)
 
-def _encoder(vision: Any, config: CompilationConfig) -> Llama4VisionModel:
-    """Our encoder made of the modules of transformers'."""
+
+def _encoder(vision: Any) -> Llama4VisionModel:
     with torch.device("meta"):
-        encoder = Llama4VisionModel(Llama4VisionConfig.from_hf(vision.config), compilation_config=config)
+        encoder = Llama4VisionModel(Llama4VisionConfig.from_hf(vision.config))
+    ours: Any
     for ours, theirs in zip(encoder.layers, vision.model.layers, strict=True):
-        ours.attention.qkv = PackedQKV(theirs.self_attn)  # type: ignore[union-attr]
-    _follow(encoder, vision)
-    return encoder.train(vision.training)
+        ours.attention.qkv = PackedLinear(theirs.self_attn, "q_proj", "k_proj", "v_proj")
+    return encoder
 
 
-def _shared(encoder: Llama4VisionModel, vision: Any) -> Iterator[tuple[nn.Module, str, Any]]:
-    """(owner, name, module or parameter): what our encoder takes as it is."""
+def _shared(encoder: Llama4VisionModel, vision: Any) -> Shared:
     yield encoder, "class_embedding", vision.class_embedding
     yield encoder, "position_embedding", vision.positional_embedding_vlm
     yield encoder, "patch_embed", vision.patch_embedding.linear
@@ -136,66 +119,3 @@ def _shared(encoder: Llama4VisionModel, vision: Any) -> Iterator[tuple[nn.Module
         yield ours, "norm_2", theirs.post_attention_layernorm
         yield ours.mlp, "fc1", theirs.mlp.fc1
         yield ours.mlp, "fc2", theirs.mlp.fc2
-
-
-@torch.compiler.disable(reason="a parameter's address is no part of a graph")
-def _follow(encoder: Llama4VisionModel, vision: Any) -> None:
-    """Take over what was moved, cast or replaced in the vision model since."""
-    for owner, name, thing in _shared(encoder, vision):
-        if getattr(owner, name) is not thing:
-            setattr(owner, name, thing)
-    layer: Any
-    for layer in encoder.layers:
-        layer.attention.qkv.follow()
-    device = encoder.class_embedding.device
-    if encoder.rotary.cos.device != device:
-        encoder.rotary.to(device)
-
-
-class PackedQKV(nn.Module):
-    """The query, key and value projections of transformers as one, their weights and biases views of its own."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, attention: Any) -> None:
-        super().__init__()
-        self.attention = attention
-        self.addresses: tuple[int, ...] = ()
-
-    def _parts(self) -> tuple[nn.Linear, ...]:
-        return self.attention.q_proj, self.attention.k_proj, self.attention.v_proj
-
-    def follow(self) -> None:
-        """Pack the weights again if they no longer lie in the packed ones.
-
-        Raises:
-            TypeError: a projection is no plain Linear.
-        """
-        for part in self._parts():
-            if type(part) is not nn.Linear:
-                raise TypeError(f"model: got a projection of type {type(part).__name__}, expected torch.nn.Linear")
-        if self.addresses != self._addresses():
-            self._pack("weight")
-            self._pack("bias")
-            self.addresses = self._addresses()
-
-    def _addresses(self) -> tuple[int, ...]:
-        # The packed tensors are kept, so nothing else can come to lie there.
-        return tuple(x.data_ptr() for part in self._parts() for x in (part.weight, part.bias))
-
-    @torch.no_grad()
-    def _pack(self, name: str) -> None:
-        tensors = [getattr(part, name) for part in self._parts()]
-        packed = torch.cat(tensors)
-        self.register_buffer(name, packed, persistent=False)
-        for tensor, rows in zip(tensors, packed.split([len(tensor) for tensor in tensors]), strict=True):
-            tensor.data = rows
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shapes: [tokens, hidden] -> [tokens, 3 * hidden]."""
-        if torch.is_grad_enabled() and any(x.requires_grad for part in self._parts() for x in (part.weight, part.bias)):
-            # The packed tensors have no history that would lead gradients to the parts.
-            weight = torch.cat([part.weight for part in self._parts()])
-            return F.linear(x, weight, torch.cat([part.bias for part in self._parts()]))
-        return F.linear(x, self.weight, self.bias)
