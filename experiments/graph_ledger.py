@@ -40,6 +40,8 @@ NOTES = (
     "An opaque operator is taken to be one kernel, and so is a matrix product.",
     "A layer is half of the difference between encoders of 4 and 2 layers of Llama 4 Scout's width, bfloat16; the rest "
     "is what remains without its layers.",
+    "'ours, fused GELU' is opt-in and unmeasured: whether our matrix product is as fast as the vendor's, only a GPU "
+    "can say.",
     "Seconds are those of the kernels one after the other: nothing between launches, as in a CUDA graph at best.",
     ASSUMPTIONS,
 )

@@ -23,6 +23,7 @@ Kind = Literal["triton", "gemm", "opaque"]
 
 GEMMS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 ATTENTION = ("vit_kernels::varlen_attention", "graph_ledger::flash_attention")
+LINEAR = "vit_kernels::linear_gelu"
 TOUCHED = {("vit_kernels::rotary_2d_qkv_", "qkv"): 2 / 3}
 """The part of an argument that an opaque operator reads (and writes, if it does) where that is not all of it."""
 
@@ -179,6 +180,8 @@ def with_work(launch: Launch, shapes: Mapping[str, Sequence[int]]) -> Launch:
     if launch.kernel in GEMMS:
         *_, a, b = shapes.values()
         return replace(launch, kind="gemm", flops=2 * math.prod(a) * b[-1])
+    if launch.kernel == LINEAR:
+        return replace(launch, flops=2 * math.prod(shapes["x"]) * shapes["weight"][0])
     if launch.kernel in ATTENTION:
         q = shapes["q"]
         # Sequences are all as long as their mean.

@@ -26,14 +26,14 @@ def layers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     out = tmp_path_factory.mktemp("ledger")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "experiments.graph_ledger", "--tiles", str(TILES), "--shapes", "static"]
-    command += ["--encoders", "ours", "transformers", "--out", str(out)]
+    command += ["--encoders", "ours", "ours, fused GELU", "transformers", "--out", str(out)]
     finished = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert finished.returncode == 0, finished.stderr
     assert (out / "graph_ledger.png").stat().st_size > 10_000
     rows = json.loads((out / "graph_ledger.json").read_text())["rows"]
-    assert [(row["shapes"], row["tiles"]) for row in rows] == [("static", TILES)] * 2
+    assert [(row["shapes"], row["tiles"]) for row in rows] == [("static", TILES)] * 3
     return {row["encoder"]: row["layer"] for row in rows}
 
 
@@ -54,6 +54,17 @@ def test_a_layer_takes_six_launches_and_a_quarter_of_the_bytes_less_than_transfo
     assert layers["ours"]["gemm"] == 4
     assert layers["transformers"]["gemm"] == 6
     assert layers["transformers"]["launches"] == 16
+
+
+def test_with_the_gelu_in_the_epilogue_eight_launches_and_0_90_gb(layers: dict[str, dict[str, Any]]) -> None:
+    fused, layer = layers["ours, fused GELU"], layers["ours"]
+    assert fused["launches"] == layer["launches"] - 1 <= 8
+    assert fused["bytes"] == pytest.approx(layer["bytes"] - 8 * ACTIVATION)
+    assert fused["bytes"] <= 0.90e9
+    assert fused["flops"] == layer["flops"]
+    (product,) = kernels(fused, "vit_kernels::linear_gelu")
+    assert product["read_bytes"] == ACTIVATION + 2 * (4 * 1408 * 1408 + 4 * 1408)
+    assert product["written_bytes"] == 4 * ACTIVATION
 
 
 def test_both_encoders_do_the_same_products(layers: dict[str, dict[str, Any]]) -> None:
@@ -104,7 +115,7 @@ def test_predictions_are_intervals_of_the_roofline(layers: dict[str, dict[str, A
 def test_what_is_committed_has_every_case_and_says_where_it_comes_from() -> None:
     result = json.loads((ROOT / "experiments" / "results" / "graph_ledger.json").read_text())
     cases = {(row["encoder"], row["shapes"], row["tiles"]) for row in result["rows"]}
-    encoders = ("ours", "ours, PyTorch ops", "transformers")
+    encoders = ("ours", "ours, fused GELU", "ours, PyTorch ops", "transformers")
     assert cases == {(e, s, t) for e in encoders for s in ("static", "dynamic") for t in (1, 4, 16)}
     assert {"date", "packages"} <= result["environment"].keys()
     assert any("nothing was run" in note for note in result["notes"])
