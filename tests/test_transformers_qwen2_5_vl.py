@@ -1,6 +1,7 @@
 """Our encoder inside transformers' Qwen2.5-VL."""
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,12 @@ def generated(model: Any, grids: list[list[int]]) -> tuple[list[int], Tensor]:
     for grid in grid_thw:
         prompt += [VISION_START, *[IMAGE_TOKEN] * (int(grid.prod()) // 4), 61]
     ids = torch.tensor([[*prompt, 9, 11]])
+    # New in a later transformers 5.
+    newer = "mm_token_type_ids" in inspect.signature(model.forward).parameters
+    types = {"mm_token_type_ids": (ids == IMAGE_TOKEN).int()} if newer else {}
     out = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixel_values, image_grid_thw=grid_thw,
-        mm_token_type_ids=(ids == IMAGE_TOKEN).int(), max_new_tokens=12, do_sample=False,
-        return_dict_in_generate=True, output_scores=True,
+        max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_scores=True, **types,
     )  # fmt: skip
     return out.sequences[0, ids.shape[1] :].tolist(), torch.cat(out.scores)
 
@@ -144,7 +147,8 @@ def test_a_cast_model_is_as_exact_as_theirs(model: Any) -> None:
     model.to(torch.bfloat16)
     theirs = qwen2_5_vl().to(torch.bfloat16)
     exact = copy.deepcopy(theirs).double()
-    grids = GRIDS[1]
+    # Enough outputs for their maximum to mean something.
+    grids = [[1, 12, 16], [1, 10, 8], [2, 8, 8]]
     with torch.no_grad():
         pixel_values, grid_thw = inputs(grids, torch.bfloat16)
         expected = exact.model.visual(pixel_values.double(), grid_thw).pooler_output
