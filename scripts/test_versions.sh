@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# Runs the kernels' tests, and compiles every configuration of attention, on other versions of Triton and PyTorch.
+# Runs the kernels' tests, and compiles every configuration of attention, on other versions of Triton and PyTorch; and
+# the tests of the transformers integration on the oldest transformers.
 set -uo pipefail
 # shellcheck source-path=SCRIPTDIR source=setup.sh
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/setup.sh"
 
-# Name: the versions that differ from constraints.txt. The last is the oldest PyTorch that the project supports.
+# Name: the versions that differ from constraints.txt. torch-2.11 is the oldest PyTorch that the project supports,
+# transformers-5.0 the oldest transformers.
 # The interpreter of triton 3.6 makes a number of an array of one element: NumPy 2.4 refuses, and before it warns.
 ENVIRONMENTS="triton-3.6: triton==3.6.0 numpy==2.3.5
 triton-3.9: triton==3.9.0
-torch-2.11: torch==2.11.0 torchvision==0.26.0 triton==3.6.0 numpy==2.3.5"
+torch-2.11: torch==2.11.0 torchvision==0.26.0 triton==3.6.0 numpy==2.3.5
+transformers-5.0: transformers==5.0.0 huggingface_hub==1.33.0 tokenizers==0.22.2"
 ALLOWED_WARNING="ignore:Conversion of an array with ndim:DeprecationWarning"
 
 usage() {
@@ -17,7 +20,7 @@ Usage: ./scripts/test_versions.sh [--no-report] [NAME ...]
 
 Runs the kernels' tests (interpreted, and compiled for five GPU targets) on other versions of Triton and PyTorch than
 those of constraints.txt, compiles every configuration of attention with them, and says which figures differ from the
-committed kernel report. Each NAME has a virtual environment of its own, .venv-NAME, made at the first call (several
+committed kernel report; transformers-5.0 runs the tests of the transformers integration instead. Each NAME has a virtual environment of its own, .venv-NAME, made at the first call (several
 minutes, 2 to 6 GB). No GPU is needed. About 15 minutes a NAME on 2 cores.
 
   --no-report  only the tests
@@ -55,7 +58,7 @@ install_project() {
     case "$pin" in triton==*) triton="$pin" ;; *) printf '%s\n' "$pin" >>"$constraints" ;; esac
   done
   (cd "$PROJECT_ROOT" && "$VENV_PYTHON" -m pip install --no-input -c "$constraints" -e '.[test]') &&
-    "$VENV_PYTHON" -m pip install --no-input --no-deps "$triton"
+    { [ -z "$triton" ] || "$VENV_PYTHON" -m pip install --no-input --no-deps "$triton"; }
 }
 
 # Every test of a kernel or of what compiles it; those that need the encoder too stay out.
@@ -64,9 +67,17 @@ kernel_tests() {
     grep -v test_kernel_report
 }
 
+# tests_of NAME: the files of the tests that its versions concern.
+tests_of() {
+  case "$1" in
+    transformers-*) ls tests/test_transformers_*.py ;;
+    *) kernel_tests ;;
+  esac
+}
+
 run_tests() {
   # shellcheck disable=SC2046 # names of tests have no spaces
-  "$VENV_PYTHON" -m pytest -q -p no:cacheprovider -W "$ALLOWED_WARNING" $(kernel_tests) 2>&1 | tee "$VENV/tests.log" >&2
+  "$VENV_PYTHON" -m pytest -q -p no:cacheprovider -W "$ALLOWED_WARNING" $(tests_of "$1") 2>&1 | tee "$VENV/tests.log" >&2
   return "${PIPESTATUS[0]}"
 }
 
@@ -93,9 +104,9 @@ try_environment() {
     return 1
   fi
   say "== $1: tests, log in $VENV/tests.log"
-  run_tests || failed=1
+  run_tests "$1" || failed=1
   tests="$(tail -n 1 "$VENV/tests.log")"
-  if [ "$REPORT" = yes ]; then
+  if [ "$REPORT" = yes ] && [ "${1%%-*}" != transformers ]; then
     say "== $1: every configuration of attention; what differs from the committed report:"
     if make_report >&2; then report="made"; else report="failed, see above" failed=1; fi
   fi

@@ -36,7 +36,10 @@ def test_help_names_every_environment(project: Path) -> None:
 def test_an_unknown_environment_is_refused_with_the_known_ones(project: Path) -> None:
     refused = run(project, "triton-3.9", "triton-1.0")
     assert refused.returncode == 2
-    assert "got triton-1.0, expected --no-report or one of: triton-3.6 triton-3.9 torch-2.11" in refused.stderr
+    assert (
+        "got triton-1.0, expected --no-report or one of: triton-3.6 triton-3.9 torch-2.11 transformers-5.0"
+        in refused.stderr
+    )
     assert not list(project.glob(".venv-*"))
 
 
@@ -87,6 +90,22 @@ def test_versions_override_the_constraints_and_the_kernels_tests_run(project: Pa
     (tests,) = [call for call in calls.splitlines() if call.startswith("-m pytest")]
     assert {"tests/test_varlen_attention.py", "tests/test_inspection.py"} <= {*tests.split()}
     assert "tests/test_parity.py" not in tests
+
+
+def test_the_oldest_transformers_runs_the_tests_of_its_integration_alone(project: Path) -> None:
+    finished, calls = run_with_stub(project, "transformers-5.0")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.endswith("tests: 3 passed in 1s; report: not made\n")
+    pins = (project / ".venv-transformers-5.0/constraints.txt").read_text().splitlines()
+    assert {"transformers==5.0.0", "tokenizers==0.22.2"} <= {*pins}
+    assert [pin for pin in pins if pin.startswith("transformers==")] == ["transformers==5.0.0"]
+    (tests,) = [call for call in calls.splitlines() if call.startswith("-m pytest")]
+    assert [word for word in tests.split() if word.startswith("tests/")] == [
+        "tests/test_transformers_attention.py",
+        "tests/test_transformers_integration.py",
+        "tests/test_transformers_qwen2_5_vl.py",
+    ]
+    assert "experiments" not in calls
 
 
 @pytest.mark.parametrize(
