@@ -25,7 +25,7 @@ from rich.console import Console
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from experiments.environment import environment as machine
-from experiments.serving_report import differences, draw, table
+from experiments.serving_report import ENOUGH_ROUNDS, differences, draw, table
 from experiments.tiny_llama4 import make_tiny_llama4
 from experiments.vllm_load import Load, drive, image_files
 from experiments.vllm_server import ServerError, check_port, end_of, free_port, serving, vllm_command
@@ -44,7 +44,7 @@ KEPT = (
 
 EXAMPLES = """examples:
   %(prog)s
-      a tiny random Llama 4 that it makes itself, every variant, 3 rounds
+      a tiny random Llama 4 that it makes itself, every variant, 4 rounds
   %(prog)s --model Llama-4-Scout-17B-16E-Instruct --prompts 1000 --serve="--tensor-parallel-size 8"
   %(prog)s --images photographs --variants off-compiled kernels-compiled encoder-compiled
 
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, help="folder of a Llama 4 checkpoint (default: a tiny random one)")
     parser.add_argument("--images", type=Path, help="folder of images for the prompts (default: random images)")
     parser.add_argument("--variants", nargs="+", choices=keys, default=keys, metavar="VARIANT", help=" ".join(keys))
-    parser.add_argument("--rounds", type=_positive, default=3, help="default: %(default)s")
+    parser.add_argument("--rounds", type=_positive, default=ENOUGH_ROUNDS, help="default: %(default)s")
     parser.add_argument("--prompts", type=_positive, default=16, help="requests a round (default: %(default)s)")
     parser.add_argument("--concurrency", type=_positive, help="most requests at a time (default: all)")
     parser.add_argument("--input-tokens", type=_positive, default=32, help="of a random prompt (default: %(default)s)")

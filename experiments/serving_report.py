@@ -31,6 +31,8 @@ ROWS: dict[str, Callable[[Round], float | None]] = {
     "Vision encoder (s)": lambda of: of["encoder_seconds"],
     "Vision encoder (% of duration)": _encoder_share,
 }
+# Ranges of so many rounds each lie apart by chance in 3 of 100 cases; of two rounds each in 33.
+ENOUGH_ROUNDS = 4
 COMPARED = ("Request throughput (req/s)", "Mean TTFT (ms)", "Vision encoder (s)")
 
 
@@ -88,11 +90,12 @@ def _difference(row: str, ours: dict[str, Any], alone: dict[str, Any]) -> str:
         return f"{row}: {ours['name']} is not compared, since requests failed"
     ratio = statistics.median(ours_samples) / statistics.median(alone_samples)
     text = f"{row}: {ours['name']} is at {ratio:.2f} x {alone['name']}"
-    if len(ours_samples) < 2 or len(alone_samples) < 2:
-        return f"{text}, of one round: its spread is not known"
+    rounds = min(len(ours_samples), len(alone_samples))
+    if rounds < ENOUGH_ROUNDS:
+        return f"{text}, of {rounds} round(s): {ENOUGH_ROUNDS} are needed to tell a difference from the spread"
     if min(ours_samples) <= max(alone_samples) and min(alone_samples) <= max(ours_samples):
         return f"{text}, but the spread of the rounds hides the difference"
-    return f"{text}, more than the spread of {len(ours_samples)} rounds"
+    return f"{text}, more than the spread of {rounds} rounds"
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

@@ -226,16 +226,16 @@ def report(alone: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str,
 
 
 def test_a_difference_is_told_only_beyond_the_spread() -> None:
-    alone = [measured(1.0), measured(1.2)]
-    (clear, *_) = differences(report(alone, [measured(2.0), measured(2.4)]))
+    alone = [measured(1.0), measured(1.1), measured(1.1), measured(1.2)]
+    (clear, *_) = differences(report(alone, [measured(2.0), measured(2.2), measured(2.2), measured(2.4)]))
     assert clear == (
         "Request throughput (req/s): our kernels, compiled is at 2.00 x vLLM alone, compiled, more than the spread of "
-        "2 rounds"
+        "4 rounds"
     )
-    (hidden, *_) = differences(report(alone, [measured(1.1), measured(1.5)]))
+    (hidden, *_) = differences(report(alone, [measured(1.1), measured(1.5), measured(1.6), measured(1.7)]))
     assert hidden.endswith("but the spread of the rounds hides the difference")
-    (single, *_) = differences(report(alone[:1], [measured(2.0)]))
-    assert single.endswith("of one round: its spread is not known")
+    (few, *_) = differences(report(alone, [measured(2.0), measured(2.1), measured(2.2)]))
+    assert few.endswith("of 3 round(s): 4 are needed to tell a difference from the spread")
     (failed, *_) = differences(report(alone, [measured(2.0), measured(2.4, failed=1)]))
     assert failed.endswith("is not compared, since requests failed")
     assert differences(report(alone, [])) == []
@@ -288,7 +288,7 @@ def test_variants_take_turns_and_each_round_starts_with_another(
     assert seeds == [0, 0, 0, 1, 1, 1]
     assert [len(variant["rounds"]) for variant in result["variants"]] == [2, 2, 2]
     assert "where it lies" not in json.dumps(result)
-    assert "hides the difference" in capsys.readouterr().out
+    assert "4 are needed to tell a difference" in " ".join(capsys.readouterr().out.split())
     assert (tmp_path / "serve_vllm-model.png").exists()
 
 
