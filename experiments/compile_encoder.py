@@ -1,6 +1,6 @@
-"""A photograph through the Llama 4 vision encoder, eager and compiled: is it one graph, is it right, how fast is it.
+"""A photograph through a vision encoder, eager and compiled: is it one graph, is it right, how fast is it.
 
-The main job. Prints the tiling and a table, and writes a JSON file and a figure.
+The main job, for Llama 4 or Qwen2.5-VL. Prints how the image is cut and a table, and writes a JSON file and a figure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,21 +28,26 @@ from vit_encoder.compilation import GraphReport
 from vit_encoder.compilation.config import DynamicShapes
 from vit_encoder.llama4 import reference_forward
 
+from experiments import qwen2_5_vl
 from experiments.comparison import ALLOWED_EPS, Row, compare, first_line
 from experiments.environment import environment
 from experiments.measure import MAX_ROUNDS, MIN_ROUNDS, ROUND_SECONDS, Call, peak_memory, summary
 from experiments.peers import transformers_vision_model
 from experiments.pictures import draw
 from experiments.report import print_result, print_subject
+from experiments.subject import Subject
 from experiments.tile_counts import sweep_config, sweep_tile_counts
 from experiments.weights import SEED, checkpoint_encoder, random_encoder
 
 # Git ignores it: the results beside it are those that the README shows.
 RESULTS = Path(__file__).parent / "results" / "local"
-CONFIGS: dict[str, Callable[[], Llama4VisionConfig]] = {
+LLAMA4_CONFIGS: dict[str, Callable[[], Llama4VisionConfig]] = {
     "scout": Llama4VisionConfig.scout,
     "tiny": Llama4VisionConfig.tiny,
 }
+# The first of each is the default; the options are those that make sense for one encoder only.
+CONFIGS = {"llama4": list(LLAMA4_CONFIGS), "qwen2_5_vl": list(qwen2_5_vl.CONFIGS)}
+FOREIGN_OPTIONS = {"llama4": ("max_pixels",), "qwen2_5_vl": ("max_tiles", "tile_counts")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Names in torch.cpu.get_capabilities(): without one of them the products are emulated, at a quarter of float32's speed.
 FAST_WITH = {"bfloat16": ("amx_bf16", "avx512_bf16"), "float16": ("amx_fp16", "avx512_fp16")}
@@ -56,6 +61,8 @@ EXAMPLES = """examples:
       a quick look at all tiles of the photograph
   %(prog)s --image cat.png --checkpoint Llama-4-Scout-17B-16E-Instruct
   %(prog)s --device cuda --repeats 50
+  %(prog)s --model qwen2_5_vl
+      the photograph as patches through Qwen2.5-VL's encoder
   %(prog)s --config tiny --out /tmp/tiny
       seconds instead of minutes
 
@@ -64,20 +71,6 @@ exit status:
   1  a result is wrong (it is not timed), or the encoder is not one graph
   2  bad arguments
 """
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured: an encoder and the tiles of an image, on its device and in its dtype."""
-
-    model: Llama4VisionModel
-    pixel_values: Tensor
-    description: dict[str, Any]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the encoder runs."""
-        return self.pixel_values.device
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -109,24 +102,34 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--model", choices=CONFIGS, default="llama4", help="which encoder (default: llama4)")
     parser.add_argument("--image", type=Path, help="image file (default: matplotlib's sample photograph)")
     parser.add_argument(
         "--max-tiles",
         type=_positive,
         help="most tiles of the canvas (default: 16 on a GPU, 1 on a CPU)",
     )
+    parser.add_argument(
+        "--max-pixels",
+        type=_positive,
+        help="most pixels of the resized image, for qwen2_5_vl (default: 1280 features' on a GPU, 256 on a CPU)",
+    )
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
         "--checkpoint", type=Path, help=f"folder with config.json and safetensors (default: random, seed {SEED})"
     )
-    weights.add_argument("--config", choices=CONFIGS, default="scout", help="sizes of random weights (default: scout)")
+    weights.add_argument(
+        "--config",
+        choices=list(dict.fromkeys(name for names in CONFIGS.values() for name in names)),
+        help="sizes of random weights (default: scout, for qwen2_5_vl 7b)",
+    )
     parser.add_argument("--layers", type=_positive, help="use only the first layers (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--backend", choices=("inductor", "aot_eager", "eager"), default="inductor")
     parser.add_argument("--dynamic-shapes", choices=get_args(DynamicShapes), default="unbacked")
     parser.add_argument(
-        "--tile-counts", type=_positive, nargs="+", default=TILE_COUNTS, metavar="N", help="default: 1 17 2 5 33"
+        "--tile-counts", type=_positive, nargs="+", metavar="N", help="for llama4 (default: 1 17 2 5 33)"
     )
     parser.add_argument(
         "--repeats",
@@ -151,13 +154,35 @@ def _shortened(message: str) -> str:
 
 def _prepare(options: argparse.Namespace) -> Subject:
     _check_writable(options.out)
+    _check_options(options)
     device = _usable_device(options.device)
     dtype_name = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    config = Llama4VisionConfig.from_hf(options.checkpoint) if options.checkpoint else CONFIGS[options.config]()
     path = options.image or Path(get_sample_data("grace_hopper.jpg", asfileobj=False))
+    prepare = {"llama4": _prepare_llama4, "qwen2_5_vl": qwen2_5_vl.prepare}[options.model]
+    subject = prepare(options, DTYPES[dtype_name], device, path)
+    slow_dtype = device.type == "cpu" and not _is_fast(dtype_name)
+    around = {"model": options.model, "dtype": dtype_name, "device": str(device), "slow_dtype": slow_dtype}
+    return replace(subject, description=subject.description | around)
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Fill in the default of --config, and refuse options that would be ignored."""
+    options.config = options.config or CONFIGS[options.model][0]
+    if options.config not in CONFIGS[options.model]:
+        raise ValueError(f"--config: got {options.config!r}, expected one of {', '.join(CONFIGS[options.model])}")
+    for name in FOREIGN_OPTIONS[options.model]:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: not for --model {options.model}")
+
+
+def _prepare_llama4(options: argparse.Namespace, dtype: torch.dtype, device: torch.device, path: Path) -> Subject:
+    config = Llama4VisionConfig.from_hf(options.checkpoint) if options.checkpoint else LLAMA4_CONFIGS[options.config]()
     max_tiles = options.max_tiles or MAX_TILES[device.type]
     tiled = tile_image(path, image_size=config.image_size, max_tiles=max_tiles)
-    model = _encoder(options, config, DTYPES[dtype_name], device)
+    model = _encoder(options, config, dtype, device)
+    pixel_values = tiled.pixel_values.to(device, dtype)
+    tile_counts = options.tile_counts or TILE_COUNTS
+    peer = transformers_vision_model(model)
     description = {
         "image": _describe_image(path, tiled, model.config, max_tiles),
         "encoder": {
@@ -166,12 +191,21 @@ def _prepare(options: argparse.Namespace) -> Subject:
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             **asdict(model.config),
         },
-        "dtype": dtype_name,
-        "device": str(device),
-        "slow_dtype": device.type == "cpu" and not _is_fast(dtype_name),
         "max_tiles_chosen": options.max_tiles is None,
     }
-    return Subject(model, tiled.pixel_values.to(device, DTYPES[dtype_name]), description)
+    return Subject(
+        model=model,
+        inputs=(pixel_values,),
+        part="tile",
+        parts=len(pixel_values),
+        description=description,
+        reference=lambda: reference_forward(model, pixel_values, progress=True),
+        peer=peer and (lambda: peer(pixel_values=pixel_values).last_hidden_state),
+        swept=("tile_counts", tile_counts),
+        sweep=lambda compilation: sweep_tile_counts(
+            sweep_config(model.config, device), tile_counts, compilation, dtype=dtype, device=device
+        ),
+    )
 
 
 def _check_writable(folder: Path) -> None:
@@ -227,27 +261,21 @@ def _measure(options: argparse.Namespace, subject: Subject) -> tuple[dict[str, A
     )
     # Without compiled code of earlier runs, so that the first call's time means the same every time.
     with fresh_cache():
-        expected = reference_forward(subject.model, subject.pixel_values, progress=True)
-        sweep = sweep_tile_counts(
-            sweep_config(subject.model.config, subject.device),
-            options.tile_counts,
-            compilation,
-            dtype=subject.pixel_values.dtype,
-            device=subject.device,
-        )
+        expected = subject.reference()
+        sweep = subject.sweep(compilation)
         known = {"compiled": sweep.problem} if sweep.problem else {}
         rows, graphs, problem = _compare(subject, compilation, expected, options.repeats, known)
     shown = next((row.features for row in rows if row.problem is None), None)
-    tiles = len(subject.pixel_values)
+    swept, sizes = subject.swept
     result = {
         "experiment": "compile_encoder",
         "environment": environment(),
         **subject.description,
         "compilation": {"backend": options.backend, "dynamic_shapes": options.dynamic_shapes},
         "allowed_eps": ALLOWED_EPS,
-        "rows": [_describe_row(row, tiles) for row in rows],
+        "rows": [_describe_row(row, subject) for row in rows],
         "graphs": asdict(graphs) | {"problem": problem},
-        "tile_counts": asdict(sweep),
+        swept: {swept: sizes} | asdict(sweep),
         "right": not any([problem, sweep.problem, *(row.problem for row in rows)]),
     }
     return result, shown
@@ -282,19 +310,19 @@ def _compare(
 
 def _calls(subject: Subject, compilation: CompilationConfig) -> dict[str, Call]:
     """The forms that are compared; all of them use the same weights, in the same memory."""
-    model, pixel_values = subject.model, subject.pixel_values
 
     def own(config: CompilationConfig | None) -> Tensor:
-        model.compilation_config = config
-        return model(pixel_values)
+        subject.model.compilation_config = config
+        features: Tensor = subject.model(*subject.inputs)
+        return features
 
     calls: dict[str, Call] = {"eager": lambda: own(None), "compiled": lambda: own(compilation)}
-    if (peer := transformers_vision_model(model)) is not None:
-        calls["transformers"] = lambda: peer(pixel_values=pixel_values).last_hidden_state
+    if subject.peer is not None:
+        calls["transformers"] = subject.peer
     return calls
 
 
-def _describe_row(row: Row, tiles: int) -> dict[str, Any]:
+def _describe_row(row: Row, subject: Subject) -> dict[str, Any]:
     seconds = row.timing.seconds
     return {
         "name": row.name,
@@ -302,7 +330,7 @@ def _describe_row(row: Row, tiles: int) -> dict[str, Any]:
         # JSON has no NaN; the problem says it.
         "error": asdict(row.error) if row.error and math.isfinite(row.error.maximum) else None,
         "first_call_seconds": row.first_call_seconds if row.problem is None else None,
-        "seconds_per_tile": summary([s / tiles for s in seconds]) if seconds else None,
+        f"seconds_per_{subject.part}": summary([s / subject.parts for s in seconds]) if seconds else None,
         "peak_bytes": row.timing.peak.nbytes,
     }
 
@@ -312,7 +340,7 @@ def _write(folder: Path, result: dict[str, Any], subject: Subject, features: Ten
     stem = f"compile_encoder-{encoder['config']}-{encoder['num_hidden_layers']}-{subject.device.type}-{result['dtype']}"
     data, figure = folder / f"{stem}.json", folder / f"{stem}.png"
     data.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    draw(result, subject.pixel_values, features, figure)
+    draw(result, subject.inputs[0], features, figure)
     return [data, figure]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.report import BUSY, HEADER, encoder_text, notes, table_rows
+from experiments.report import BUSY, encoder_text, header, notes, table_rows
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _microbenchmarks(results: dict[str, Any]) -> str:
 
 def _main_job(result: dict[str, Any]) -> str:
     said = "\n".join(f"- {line}" for line in notes(result))
-    return f"## Main job\n\n{encoder_text(result)}\n\n{_table(HEADER, table_rows(result))}\n\n{said}"
+    return f"## Main job\n\n{encoder_text(result)}\n\n{_table(header(result), table_rows(result))}\n\n{said}"
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {

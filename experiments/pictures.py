@@ -11,6 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from experiments.report import seconds_of, sweep_of, swept_text
+
+NAMES = {"llama4": "Llama 4", "qwen2_5_vl": "Qwen2.5-VL"}
 COLOURS = {"eager": "#8da0b6", "compiled": "#d95f02", "transformers": "#4c6a92"}
 GAP = 10
 """White pixels between the tiles that are shown."""
@@ -21,16 +24,15 @@ def draw(result: dict[str, Any], pixel_values: Tensor, features: Tensor | None, 
 
     Args:
         result: as written to the JSON file.
-        pixel_values: [tiles, 3, image_size, image_size] in [-1, 1].
-        features: [tiles, tokens, width], or None when there are none to be trusted.
+        pixel_values: [tiles, 3, image_size, image_size] in [-1, 1], or [patches, patch_dim], normalised.
+        features: [tiles, tokens, width] or [units, width], or None when there are none to be trusted.
     """
     figure = Figure(figsize=(13, 5.6), layout="constrained")
     figure.suptitle(_title(result), x=0.01, ha="left", fontsize=11)
     photograph, seen, bars = figure.subfigures(1, 3, width_ratios=(1, 1, 1.35), squeeze=False)[0]
-    canvas = result["image"]["canvas"]
-    _show(photograph.subplots(), _mosaic(pixel_values, canvas), _image_title(result))
-    shown = None if features is None else _mosaic(_principal_colours(features, len(pixel_values)), canvas, gap=0)
-    _show(seen.subplots(), shown, _features_title(result))
+    image, colours = _pictures(result, pixel_values, features)
+    _show(photograph.subplots(), image, _image_title(result))
+    _show(seen.subplots(), colours, _features_title(result))
     times, first_calls, errors = bars.subplots(3, 1)
     _draw_times(times, result["rows"])
     _draw_first_calls(first_calls, result["rows"])
@@ -38,23 +40,49 @@ def draw(result: dict[str, Any], pixel_values: Tensor, features: Tensor | None, 
     figure.savefig(path, dpi=110)
 
 
+def _pictures(result: dict[str, Any], pixel_values: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The image and its features, each [height, width, 3] in [0, 1]."""
+    image = result["image"]
+    if "grid" not in image:
+        colours = None if features is None else _principal_colours(features, len(pixel_values))
+        return _mosaic(pixel_values, image["canvas"]), (
+            None if colours is None else _mosaic(colours, image["canvas"], gap=0)
+        )
+    encoder, (high, wide) = result["encoder"], image["grid"]
+    merge, patch = encoder["spatial_merge_size"], encoder["patch_size"]
+    pixels = rearrange(
+        pixel_values.float().cpu(),
+        "(h w m n) (c t p q) -> t (h m p) (w n q) c",
+        h=high // merge, w=wide // merge, m=merge, n=merge, t=encoder["temporal_patch_size"], p=patch, q=patch,
+    )[0]  # fmt: skip
+    low, top = pixels.amin((0, 1)), pixels.amax((0, 1))
+    picture = (pixels - low) / (top - low).clamp(min=1e-6)
+    if features is None:
+        return picture, None
+    components = _components(features.float().cpu())
+    return picture, rearrange(components, "(h w) c -> h w c", h=high // merge).add(1).div(2)
+
+
 def _title(result: dict[str, Any]) -> str:
-    encoder, sweep = result["encoder"], result["tile_counts"]
+    encoder, sweep = result["encoder"], sweep_of(result)
     device = (result["environment"]["devices"] or [{"name": result["environment"]["cpu"]["model"]}])[0]["name"]
     if result["graphs"]["problem"] or sweep["problem"]:
         graph = "not proved to be one graph"
     else:
-        graph = f"one graph, no recompile over {', '.join(map(str, sweep['tile_counts']))} tiles"
+        sizes = f"{len(sweep['grids'])} batches of other sizes" if "grids" in sweep else swept_text(result)
+        graph = f"one graph, no recompile over {sizes}"
     if sweep["hidden_size"] != encoder["hidden_size"]:
         graph += f" (at width {sweep['hidden_size']})"
     return (
-        f"Llama 4 vision encoder, {encoder['num_hidden_layers']} layers of width {encoder['hidden_size']}, "
-        f"{result['dtype']} on {device}: {graph}"
+        f"{NAMES[result.get('model', 'llama4')]} vision encoder, {encoder['num_hidden_layers']} layers of width "
+        f"{encoder['hidden_size']}, {result['dtype']} on {device}: {graph}"
     )
 
 
 def _image_title(result: dict[str, Any]) -> str:
     image = result["image"]
+    if "grid" in image:
+        return f"{image['name']}: {image['grid'][0]} x {image['grid'][1]} patches"
     high, wide = image["canvas"]
     return f"{image['name']}: {high} x {wide} canvas, {image['tiles']} tile(s)"
 
@@ -81,17 +109,21 @@ def _mosaic(pixel_values: Tensor, canvas: list[int], gap: int = GAP) -> Tensor:
 
 def _principal_colours(features: Tensor, tiles: int) -> Tensor:
     """The first three principal components of the features as pictures [tiles, 3, grid, grid] in [-1, 1]."""
-    flat = features.float().cpu().flatten(0, 1)
-    centred = flat - flat.mean(0)
-    components = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:3].T
     grid = round(features.shape[1] ** 0.5)
-    return rearrange(components / components.abs().amax(0), "(n h w) c -> n c h w", n=tiles, h=grid)
+    return rearrange(_components(features.float().cpu().flatten(0, 1)), "(n h w) c -> n c h w", n=tiles, h=grid)
+
+
+def _components(features: Tensor) -> Tensor:
+    """The first three principal components [tokens, 3] in [-1, 1]."""
+    centred = features - features.mean(0)
+    components = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:3].T
+    return components / components.abs().amax(0).clamp(min=1e-6)
 
 
 def _draw_times(axes: Axes, rows: list[dict[str, Any]]) -> None:
     """Median as a bar, range as a line, every sample as a dot."""
     for y, row in enumerate(rows):
-        if (time := row["seconds_per_tile"]) is None:
+        if (time := seconds_of(row)) is None:
             _say_wrong(axes, y)
             continue
         median, samples = time["median"], time["samples"]
@@ -99,7 +131,8 @@ def _draw_times(axes: Axes, rows: list[dict[str, Any]]) -> None:
         axes.plot([time["low"], time["high"]], [y, y], color="black", linewidth=1)
         axes.plot(samples, [y] * len(samples), "o", color="black", markersize=3)
         _label(axes, time["high"], y, f"{median:.3g} s")
-    _finish(axes, rows, "time a tile: median, range and samples")
+    part = "an image" if "seconds_per_image" in rows[0] else "a tile"
+    _finish(axes, rows, f"time {part}: median, range and samples")
 
 
 def _draw_first_calls(axes: Axes, rows: list[dict[str, Any]]) -> None:

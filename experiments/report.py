@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from rich.console import Console
@@ -13,10 +14,14 @@ BUSY = 0.25
 
 def print_subject(console: Console, subject: dict[str, Any]) -> None:
     """Print what is about to be measured."""
-    image, encoder = subject["image"], subject["encoder"]
+    image = subject["image"]
     console.print(f"image    {image['name']}, {image['width']} x {image['height']} pixels")
-    console.print(f"tiling   {tiling(image, encoder['image_size'])}")
-    if subject["max_tiles_chosen"]:
+    console.print(f"cut      {cutting(subject)}")
+    if subject.get("size_chosen"):
+        console.print(
+            "         by default on a CPU it is smaller than Qwen2.5-VL would have it; --max-pixels changes that"
+        )
+    if subject.get("max_tiles_chosen"):
         why = "since a CPU takes seconds for each" if subject["device"] == "cpu" else "as Llama 4 has it"
         console.print(
             f"         by default the canvas has at most {image['max_tiles']}, {why}; --max-tiles changes that"
@@ -36,6 +41,19 @@ def tiling(image: dict[str, Any], image_size: int) -> str:
     )
 
 
+def cutting(subject: dict[str, Any]) -> str:
+    """Into tiles or patches, and how many tokens that makes."""
+    image, encoder = subject["image"], subject["encoder"]
+    if "grid" not in image:
+        return tiling(image, encoder["image_size"])
+    high, wide = image["grid"]
+    patch = encoder["patch_size"]
+    return (
+        f"resized to {wide * patch} x {high * patch} pixels, {high} x {wide} (high x wide) patches of {patch}: "
+        f"{image['encoder_tokens']} tokens in the encoder, {image['features']} features out"
+    )
+
+
 def encoder_text(subject: dict[str, Any]) -> str:
     """Size, weights, dtype and device."""
     encoder, size = subject["encoder"], f"{subject['encoder']['parameters'] / 1e6:.0f} M parameters"
@@ -47,9 +65,11 @@ def encoder_text(subject: dict[str, Any]) -> str:
 
 def print_result(console: Console, result: dict[str, Any]) -> None:
     """Print the table and what has to be said about it."""
-    table = Table(title=f"{encoder_text(result)}; {result['image']['tiles']} tile(s) a call", title_justify="left")
-    for column in HEADER:
-        table.add_column(column, justify="left" if column == HEADER[0] else "right")
+    image = result["image"]
+    batch = f"{image['tiles']} tile(s)" if "tiles" in image else f"{image['encoder_tokens']} patches"
+    table = Table(title=f"{encoder_text(result)}; {batch} a call", title_justify="left")
+    for column in header(result):
+        table.add_column(column, justify="right" if column else "left")
     for cells in table_rows(result):
         table.add_row(*cells)
     console.print(table)
@@ -70,6 +90,35 @@ HEADER = (
 )
 
 
+def header(result: dict[str, Any]) -> tuple[str, ...]:
+    """HEADER, with times of what this result divides them by."""
+    return tuple(column.replace("a tile", "an image") if "grids" in result else column for column in HEADER)
+
+
+def seconds_of(row: dict[str, Any]) -> dict[str, Any] | None:
+    """The times of a row, a tile's or an image's; None where it was not timed."""
+    return next((value for name, value in row.items() if name.startswith("seconds_per_")), None)
+
+
+def sweep_of(result: dict[str, Any]) -> dict[str, Any]:
+    """What the calls with batches of several sizes saw."""
+    sweep: dict[str, Any] = result["grids" if "grids" in result else "tile_counts"]
+    return sweep
+
+
+def swept_text(result: dict[str, Any]) -> str:
+    """Which sizes these were."""
+    sweep = sweep_of(result)
+    if "grids" not in sweep:
+        return f"{', '.join(map(str, sweep['tile_counts']))} tiles"
+    return ", ".join(_batch_text(grids) for grids in sweep["grids"])
+
+
+def _batch_text(grids: list[list[int]]) -> str:
+    sizes = Counter("x".join(map(str, grid if grid[0] > 1 else grid[1:])) for grid in grids)
+    return " + ".join(f"{count} of {size}" if count > 1 else size for size, count in sizes.items()) + " patches"
+
+
 def table_rows(result: dict[str, Any]) -> list[list[str]]:
     """The cells of each row of the table, under HEADER."""
     return [
@@ -85,17 +134,17 @@ def table_rows(result: dict[str, Any]) -> list[list[str]]:
 
 def notes(result: dict[str, Any]) -> list[str]:
     """What the table's numbers mean, and every problem."""
-    sweep, timed = result["tile_counts"], [row for row in result["rows"] if row["seconds_per_tile"]]
+    sweep, timed = sweep_of(result), [times for row in result["rows"] if (times := seconds_of(row))]
     lines = [
         "Errors are against the fp64 oracle on the same weights, relative to the RMS of its features. "
         f"Allowed: {result['allowed_eps']} eps, and twice what {_yardstick(result)} makes.",
-        f"Recompiles are over {', '.join(map(str, sweep['tile_counts']))} tiles in this order, with an encoder of "
+        f"Recompiles are over {swept_text(result)} in this order, with an encoder of "
         f"{sweep['layers']} layers of width {sweep['hidden_size']}; compiled and eager differ by at most "
         f"{sweep['deviation']:.1e} there.",
         "The compiled encoder's first call compiles, with empty caches.",
     ]
     if timed:
-        rounds = len(timed[0]["seconds_per_tile"]["samples"])
+        rounds = len(timed[0]["samples"])
         lines.append(f"Times: {rounds} interleaved rounds after the first call. Peak: {_memory_kind(result)}.")
     return [*lines, _job_note(result["job"], result["environment"]["cpu"]["cores"]), *problems(result)]
 
@@ -103,7 +152,8 @@ def notes(result: dict[str, Any]) -> list[str]:
 def problems(result: dict[str, Any]) -> list[str]:
     """A line for each thing that is not as it must be."""
     found = {row["name"]: row["problem"] for row in result["rows"]}
-    found |= {"one graph": result["graphs"]["problem"], "tile counts": result["tile_counts"]["problem"]}
+    sizes = "sizes" if "grids" in result else "tile counts"
+    found |= {"one graph": result["graphs"]["problem"], sizes: sweep_of(result)["problem"]}
     return [f"WRONG: {name}: {problem}" for name, problem in found.items() if problem]
 
 
@@ -126,7 +176,7 @@ def _memory_kind(result: dict[str, Any]) -> str:
 
 
 def _graph_cells(result: dict[str, Any]) -> list[str]:
-    graphs, sweep = result["graphs"], result["tile_counts"]
+    graphs, sweep = result["graphs"], sweep_of(result)
     breaks = sum(graphs["graph_breaks"].values()) + sum(sweep["graphs"]["graph_breaks"].values())
     recompiles = "not proved 0" if sweep["problem"] or graphs["problem"] else "0"
     return [str(graphs["graphs"]), str(breaks), recompiles]
@@ -137,7 +187,8 @@ def _error_cells(error: dict[str, float] | None) -> list[str]:
 
 
 def _cost_cells(row: dict[str, Any]) -> list[str]:
-    time = row["seconds_per_tile"]
+    time = seconds_of(row)
+    assert time is not None, "a row without a problem was timed"
     spread = f"{time['median']:.3g} ({time['low']:.3g} to {time['high']:.3g})"
     return [spread, f"{row['first_call_seconds']:.3g}", _gib(row["peak_bytes"])]
 

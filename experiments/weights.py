@@ -4,25 +4,37 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias, overload
 
 import torch
 from torch import nn
-from vit_encoder import Llama4VisionConfig, Llama4VisionModel
-from vit_encoder.llama4 import initialise_
+from vit_encoder import Llama4VisionConfig, Llama4VisionModel, Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel
+from vit_encoder.initialise import initialise_
+
+VisionEncoder: TypeAlias = Llama4VisionModel | Qwen2_5_VLVisionModel
 
 SEED = 0
 
 
+@overload
+def random_encoder(config: Llama4VisionConfig, *, dtype: torch.dtype, device: torch.device) -> Llama4VisionModel: ...
+@overload
+def random_encoder(
+    config: Qwen2_5_VLVisionConfig, *, dtype: torch.dtype, device: torch.device
+) -> Qwen2_5_VLVisionModel: ...
 @torch.no_grad()
-def random_encoder(config: Llama4VisionConfig, *, dtype: torch.dtype, device: torch.device) -> Llama4VisionModel:
+def random_encoder(
+    config: Llama4VisionConfig | Qwen2_5_VLVisionConfig, *, dtype: torch.dtype, device: torch.device
+) -> VisionEncoder:
     """An encoder with the scaled random weights of `initialise_`, queries and keys at half their gain.
 
     At the full gain attention is so sharp that 34 layers amplify every rounding several hundred times, and two right
     implementations differ by most of the features in bfloat16. At half of it they do not amplify at all, and
     an encoder without rotary embedding is still wrong by a third of the features.
     """
+    model: VisionEncoder
     with torch.device("meta"):
-        model = Llama4VisionModel(config)
+        model = Llama4VisionModel(config) if isinstance(config, Llama4VisionConfig) else Qwen2_5_VLVisionModel(config)
     model = model.to(dtype).to_empty(device=device).eval()
     initialise_(model, SEED)
     for name, parameter in model.named_parameters():
@@ -46,4 +58,19 @@ def checkpoint_encoder(
         raise ValueError(f"layers: got {layers}, expected at most the {len(model.layers)} of the checkpoint")
     model.layers = nn.ModuleList(model.layers[:layers])
     model.config = replace(model.config, num_hidden_layers=layers)
+    return model
+
+
+def checkpoint_qwen2_5_vl(
+    folder: Path, *, layers: int | None, dtype: torch.dtype, device: torch.device
+) -> Qwen2_5_VLVisionModel:
+    """As `checkpoint_encoder`, of a Qwen2.5-VL checkpoint."""
+    model = Qwen2_5_VLVisionModel.from_pretrained(folder, dtype=dtype, device=device)
+    if layers is None:
+        return model
+    encoder = model.encoder
+    if layers > len(encoder.layers):
+        raise ValueError(f"layers: got {layers}, expected at most the {len(encoder.layers)} of the checkpoint")
+    encoder.layers = nn.ModuleList(encoder.layers[:layers])
+    encoder.config = replace(encoder.config, depth=layers)
     return model

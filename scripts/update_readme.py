@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.report import HEADER, encoder_text, notes, table_rows, tiling
+from experiments.report import cutting, encoder_text, header, notes, table_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- results: written by scripts/update_readme.py -->"
@@ -61,11 +61,12 @@ def _result_text(path: Path) -> str:
     result = json.loads(path.read_text(encoding="utf-8"))
     if not result["right"]:
         raise ValueError(f"{path.name}: got a result that is not right, expected one to be shown")
-    table = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 1), *table_rows(result)]
+    columns = header(result)
+    table = [columns, ["---"] + ["---:"] * (len(columns) - 1), *table_rows(result)]
     lines = [
         f"![The photograph, its features and the comparison]({path.with_suffix('.png').relative_to(ROOT).as_posix()})",
         "",
-        f"{encoder_text(result)}. {tiling(result['image'], result['encoder']['image_size']).capitalize()}.",
+        f"{encoder_text(result)}. {cutting(result).capitalize()}.",
         f"{_measured_on(result['environment'])}.",
         "",
         *(f"| {' | '.join(cells)} |" for cells in table),
