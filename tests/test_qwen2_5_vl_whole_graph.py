@@ -176,7 +176,7 @@ def test_the_layers_are_two_regions_called_by_each() -> None:
 
 
 def test_gradients_are_right() -> None:
-    config = dataclasses.replace(CONFIG, depth=2)
+    config = dataclasses.replace(CONFIG, depth=3, fullatt_block_indexes=(1,))
     model = compiled(config, backend="inductor").requires_grad_(True)
     pixel_values, grid_thw = batch([[1, 10, 6], [2, 4, 4]])
     with torch.no_grad():
