@@ -87,9 +87,9 @@ class _Forward(SharedForward):
         # transformers 5.0 takes the features from pooler_output, later ones from last_hidden_state.
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features)
 
-    def follow(self) -> None:
+    def relink(self) -> None:
         """The tables of the rotary embedding follow the weights to their device."""
-        super().follow()
+        super().relink()
         device = self.encoder.class_embedding.device
         if self.encoder.rotary.cos.device != device:
             self.encoder.rotary.to(device)

@@ -23,16 +23,32 @@ class SharedForward:
         self.encoder = encoder
         self.shared = shared
         self.packed = [module for module in encoder.modules() if isinstance(module, PackedLinear)]
-        self.follow()
+        self.relink()
 
     @torch.compiler.disable(reason="a parameter's address is no part of a graph")
     def follow(self) -> None:
-        """Take over what was moved, cast or replaced in the vision model since."""
+        """Take over what was moved, cast or replaced in the vision model since; a look at it all takes microseconds."""
+        if not all(entries.get(name) is thing for entries, name, thing in self.seen) or self.addresses != [
+            tensor.data_ptr() for tensor in self.packed_tensors
+        ]:
+            self.relink()
+
+    def relink(self) -> None:
+        """Make the encoder of what the vision model holds now.
+
+        Raises:
+            TypeError: a projection is no plain Linear.
+        """
         for owner, name, thing in self.shared(self.encoder, self.vision):
             if getattr(owner, name) is not thing:
                 setattr(owner, name, thing)
         for module in self.packed:
-            module.follow()
+            module.pack()
+        holders = [entries for module in self.vision.modules() for entries in (module._modules, module._parameters)]
+        self.seen = [(entries, name, thing) for entries in holders for name, thing in entries.items()]
+        self.packed_tensors = [tensor for module in self.packed for tensor in module.tensors()]
+        # The packed tensors are kept, so nothing else can come to lie there.
+        self.addresses = [tensor.data_ptr() for tensor in self.packed_tensors]
 
     def refuse_extras(self, output_attentions: bool | None, output_hidden_states: bool | None) -> None:
         """Raise ValueError where the caller, or else the configuration, wants what our encoder does not keep."""
@@ -56,35 +72,37 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.owner = owner
         self.names = names
-        self.addresses: tuple[int, ...] = ()
 
     def _parts(self) -> list[Any]:
         return [getattr(self.owner, name) for name in self.names]
 
-    def follow(self) -> None:
-        """Pack the weights again if they no longer lie in the packed ones.
+    def tensors(self) -> list[Tensor]:
+        """The parts' weights and biases."""
+        return [tensor for part in self._parts() for tensor in (part.weight, part.bias)]
+
+    def pack(self) -> None:
+        """Make the parts' weights and biases rows of one tensor each, unless they are.
 
         Raises:
-            TypeError: a projection is no plain Linear.
+            TypeError: a part is no plain Linear.
         """
         for part in self._parts():
             if type(part) is not nn.Linear:
                 raise TypeError(f"model: got a projection of type {type(part).__name__}, expected torch.nn.Linear")
-        if self.addresses != self._addresses():
-            self._pack("weight")
-            self._pack("bias")
-            self.addresses = self._addresses()
-
-    def _addresses(self) -> tuple[int, ...]:
-        # The packed tensors are kept, so nothing else can come to lie there.
-        return tuple(x.data_ptr() for part in self._parts() for x in (part.weight, part.bias))
+        for name in ("weight", "bias"):
+            self._pack(name, [getattr(part, name) for part in self._parts()])
 
     @torch.no_grad()
-    def _pack(self, name: str) -> None:
-        tensors = [getattr(part, name) for part in self._parts()]
+    def _pack(self, name: str, tensors: list[Tensor]) -> None:
+        sizes = [len(tensor) for tensor in tensors]
+        packed = self._buffers.get(name)
+        if packed is not None and all(
+            tensor.data_ptr() == rows.data_ptr() for tensor, rows in zip(tensors, packed.split(sizes), strict=True)
+        ):
+            return
         packed = torch.cat(tensors)
         self.register_buffer(name, packed, persistent=False)
-        for tensor, rows in zip(tensors, packed.split([len(tensor) for tensor in tensors]), strict=True):
+        for tensor, rows in zip(tensors, packed.split(sizes), strict=True):
             tensor.data = rows
 
     def forward(self, x: Tensor) -> Tensor:
