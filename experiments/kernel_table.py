@@ -178,6 +178,21 @@ def _norm_and_shuffle(problem: Problem, configuration: Any) -> Arguments:
     return (x, weight, weight, *sizes, 1e-5), {}
 
 
+def _linear_gelu(problem: Problem, configuration: Any) -> Arguments:
+    x, weight = problem.tensor(problem.tokens, problem.width), problem.tensor(4 * problem.width, problem.width)
+    return (x, weight, problem.tensor(4 * problem.width)), {"configuration": configuration}
+
+
+def _linear_gelu_bytes(problem: Problem) -> int:
+    return 5 * problem.tensor_bytes + 4 * problem.width * (problem.width + 1) * problem.itemsize
+
+
+def _linear_candidates(head_dim: int, dtype: str, target: str) -> list[Configuration]:
+    from vit_kernels._triton.configurations import linear_candidates
+
+    return linear_candidates(getattr(torch, dtype), target)
+
+
 def _shuffle_bytes(problem: Problem) -> int:
     return 2 * problem.tensor_bytes * (POSITIONS - 1) // POSITIONS
 
@@ -266,6 +281,17 @@ OURS = (
         launcher="vit_kernels._triton.layer_norm_pixel_shuffle:launch",
         arguments=_norm_and_shuffle,
         compulsory_bytes=lambda problem: _shuffle_bytes(problem) + 2 * problem.width * problem.itemsize,
+    ),
+    Kernel(
+        name="linear_gelu",
+        launcher="vit_kernels._triton.linear_gelu:launch",
+        arguments=_linear_gelu,
+        compulsory_bytes=_linear_gelu_bytes,
+        useful_flops=lambda problem: 8 * problem.tokens * problem.width**2,
+        configurations=_linear_candidates,
+        # Whole blocks of tokens and features, at a fortieth of the work of a tile.
+        heads=8,
+        positions=128,
     ),
 )
 

@@ -18,7 +18,10 @@ SCRIPT = """
     import sys
 
     import torch
-    from vit_kernels._triton import layer_norm_pixel_shuffle, pixel_shuffle, rotary_2d, varlen_attention
+    from vit_kernels._triton import (
+        layer_norm_pixel_shuffle, linear_gelu, pixel_shuffle, rotary_2d, varlen_attention
+    )
+    from vit_kernels._triton.configurations import linear_candidates
     from vit_kernels.inspection import TARGETS, compile_launch
 
     def meta(*shape, dtype):
@@ -51,6 +54,13 @@ SCRIPT = """
         x, weight = meta(2, 577, 1408, dtype=dtype)[:, :-1], meta(1408, dtype=dtype)
         return compile_launch(target, layer_norm_pixel_shuffle.launch, x, weight, weight, 24, 24, 2, 1e-5)
 
+    def gelus(target, dtype):
+        x, weight, bias = (meta(*shape, dtype=dtype) for shape in ((1154, 1408), (5632, 1408), (5632,)))
+        kept = linear_candidates(dtype, target)
+        for number, configuration in enumerate(kept if dtype == torch.bfloat16 else kept[:1]):
+            report = compile_launch(target, linear_gelu.launch, x, weight, bias, configuration=configuration)
+            yield f"linear_gelu {str(dtype)[6:]} {number}", report
+
     for target in TARGETS:
         head_dims = (64, 72, 80, 88, 96, 128)
         reports = {f"attention {dim} bfloat16": attention(target, dim, torch.bfloat16) for dim in head_dims}
@@ -62,6 +72,8 @@ SCRIPT = """
         reports["pixel_shuffle backward"] = shuffle_backward(target)
         reports["layer_norm_pixel_shuffle bfloat16"] = norm_and_shuffle(target, torch.bfloat16)
         reports["layer_norm_pixel_shuffle float32"] = norm_and_shuffle(target, torch.float32)
+        for dtype in (torch.bfloat16, torch.float32):
+            reports |= gelus(target, dtype)
         for name, (report,) in reports.items():
             loop = report.main_loop
             print(json.dumps({
@@ -141,6 +153,25 @@ def test_passes_that_only_move_bytes_move_16_at_a_time(
     # Enough loads in flight to keep the memory busy; a rotation needs nothing of another thread.
     assert report["warps"] >= 20
     assert report["shared_bytes"] <= (0 if "rotary" in kernel else 64)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_linear_gelu_is_clean(reports: dict[tuple[str, str], dict[str, Any]], target: str, dtype: str) -> None:
+    kept = [
+        report for (on, name), report in reports.items() if on == target and name.startswith(f"linear_gelu {dtype}")
+    ]
+    assert len(kept) >= (3 if dtype == "bfloat16" else 1)
+    for report in kept:
+        assert report["spills"] == 0
+        assert report["loop_loads"] == [16]
+        assert set(report["stores"]) <= ({8, 16} if target.startswith("gfx") else {16})
+        assert report["ctas_per_sm"] >= 2
+    # The default multiplies in the target's widest instruction.
+    (instruction,) = {name.partition(".")[0] for name in kept[0]["loop_matrix"]}
+    expected = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(target, "v_mfma")
+    assert instruction.startswith(expected)
+    assert kept[0]["precision"] == (["tf32x3"] if dtype == "float32" and target.startswith("sm") else [])
 
 
 @pytest.mark.parametrize("target", TARGETS)
