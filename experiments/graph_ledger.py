@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [_row(*case) for case in tqdm(cases, desc="generating", unit="graph", disable=None)]
     result = {"experiment": "graph_ledger", "environment": environment(), "notes": NOTES, "rows": rows}
     console = Console(width=150)
-    _print(console, rows)
+    print_tables(console, rows, NOTES)
     (options.out / "graph_ledger.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw(rows, options.out / "graph_ledger.png")
     console.print(f"written to {options.out}/graph_ledger.json and .png")
@@ -76,16 +76,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _row(encoder: str, shapes: str, tiles: int) -> dict[str, Any]:
-    """What one encoder asks for: a layer, and the rest of it."""
-    fewer, more = (_generate(encoder, shapes, tiles, layers) for layers in LAYERS)
+    """What one encoder asks for."""
+    asked = layer_and_rest(lambda layers: _generate(encoder, shapes, tiles, layers))
+    return {"encoder": encoder, "shapes": shapes, "tiles": tiles, **asked}
+
+
+def layer_and_rest(generate: Callable[[int], Generated]) -> dict[str, Any]:
+    """What a layer asks for, and the rest of an encoder, of which `generate` makes one with so many layers."""
+    fewer, more = (generate(layers) for layers in LAYERS)
     counts = [Counter(map(_merged, generated.launches)) for generated in (fewer, more)]
     kinds = {**counts[0], **counts[1]}
     layer = {launch: (counts[1][launch] - counts[0][launch]) / (LAYERS[1] - LAYERS[0]) for launch in kinds}
     rest = {launch: counts[0][launch] - LAYERS[0] * count for launch, count in layer.items()}
     return {
-        "encoder": encoder,
-        "shapes": shapes,
-        "tiles": tiles,
         "layer": _summary(layer),
         "rest": _summary(rest),
         "cudagraphs_refused": more.cudagraphs_refused,
@@ -139,26 +142,27 @@ def _predicted(launches: dict[Launch, float], gpu: str) -> tuple[float, float]:
     return low, high
 
 
-def _print(console: Console, rows: list[dict[str, Any]]) -> None:
+def print_tables(console: Console, rows: list[dict[str, Any]], notes: Sequence[str], sizes: str = "tiles") -> None:
+    """A table of all rows, of the kernels of those with the largest of `sizes`, and the notes."""
     table = Table(title="A layer, as generated; ms predicted by a roofline, never measured", title_justify="left")
-    for column in ("encoder", "shapes", "tiles", "launches", "Triton", "GEMM", "opaque", "GB", "TFLOP", *PREDICTED):
+    for column in ("encoder", "shapes", sizes, "launches", "Triton", "GEMM", "opaque", "GB", "TFLOP", *PREDICTED):
         table.add_column(column, justify="left" if column in ("encoder", "shapes") else "right")
     for row in rows:
         layer = row["layer"]
         counts = [f"{layer[name]:g}" for name in ("launches", "triton", "gemm", "opaque")]
         times = [_milliseconds(layer["predicted_seconds"][gpu]) for gpu in PREDICTED]
         work = [f"{layer['bytes'] / 1e9:.3f}", f"{layer['flops'] / 1e12:.3f}"]
-        table.add_row(row["encoder"], row["shapes"], str(row["tiles"]), *counts, *work, *times)
+        table.add_row(row["encoder"], row["shapes"], str(row[sizes]), *counts, *work, *times)
     console.print(table)
     for row in rows:
-        if row["shapes"] == "static" and row["tiles"] == max(row["tiles"] for row in rows):
-            _print_kernels(console, row)
-    for note in NOTES:
+        if row["shapes"] == "static" and row[sizes] == max(row[sizes] for row in rows):
+            _print_kernels(console, row, sizes)
+    for note in notes:
         console.print(note)
 
 
-def _print_kernels(console: Console, row: dict[str, Any]) -> None:
-    table = Table(title=f"{row['encoder']}: the kernels of a layer at {row['tiles']} tiles", title_justify="left")
+def _print_kernels(console: Console, row: dict[str, Any], sizes: str) -> None:
+    table = Table(title=f"{row['encoder']}: the kernels of a layer at {row[sizes]} {sizes}", title_justify="left")
     for column in ("", "kernel", "kind", "MB read", "MB written", "GFLOP", *PREDICTED):
         table.add_column(column, justify="left" if column in ("kernel", "kind") else "right")
     for kernel in row["layer"]["kernels"]:

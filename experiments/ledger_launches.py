@@ -17,7 +17,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, FusedSchedulerNode, SchedulerNode
 from torch._inductor.virtualized import V
 from torch._ops import OpOverload
-from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+from torch.utils._sympy.functions import FloorDiv, Identity, ModularIndexing
 
 Kind = Literal["triton", "gemm", "opaque"]
 
@@ -148,8 +148,10 @@ def _distinct_bytes(node: BaseSchedulerNode, buffer: str, summed: int) -> int:
 def _indices(access: MemoryDep) -> np.ndarray:
     """Every index of an access, as many as its ranges have points."""
     sizes = [int(V.graph.sizevars.optimization_hint(size)) for size in access.size]
-    unknown = access.index.free_symbols - set(access.var_names)
-    index = access.index.subs({symbol: V.graph.sizevars.optimization_hint(symbol) for symbol in unknown})
+    # Inductor's way of keeping sympy from expanding what is inside.
+    index = access.index.replace(Identity, lambda inside: inside)
+    unknown = index.free_symbols - set(access.var_names)
+    index = index.subs({symbol: V.graph.sizevars.optimization_hint(symbol) for symbol in unknown})
     function = sympy.lambdify(access.var_names, index, modules=[_INDEXING, "numpy"])
     return np.broadcast_to(function(*np.ogrid[tuple(map(slice, sizes))]), sizes)
 
