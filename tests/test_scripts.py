@@ -234,12 +234,18 @@ def test_the_exit_code_of_the_job_is_kept(project: Project, script: str, call: s
     assert project.run(script=f"scripts/{script}", FAIL=call).returncode == 7
 
 
-CHECKS = {"scripts/test.sh": "tests", "ruff check": "lint", "ruff format --check": "format", "mypy": "types"}
+CHECKS = {
+    "scripts/test.sh": "tests",
+    "scripts/test_vllm.sh": "vllm",
+    "ruff check": "lint",
+    "ruff format --check": "format",
+    "mypy": "types",
+}
 
 
 @pytest.mark.parametrize("failing", [None, *CHECKS])
-def test_ci_runs_all_four_checks_and_fails_when_one_fails(tmp_path: Path, failing: str | None) -> None:
-    for tool in ("scripts/test.sh", ".venv/bin/ruff", ".venv/bin/mypy"):
+def test_ci_runs_all_checks_and_fails_when_one_fails(tmp_path: Path, failing: str | None) -> None:
+    for tool in ("scripts/test.sh", "scripts/test_vllm.sh", ".venv/bin/ruff", ".venv/bin/mypy"):
         name = tool.removeprefix(".venv/bin/")
         stub = f'#!/bin/sh\ncall="{name}${{1:+ $*}}"\necho "ran $call"\n[ "$call" != "{failing}" ]\n'
         write_executable(tmp_path / tool, stub)

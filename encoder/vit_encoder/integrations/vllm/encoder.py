@@ -36,14 +36,15 @@ class _Encoder(Encoder):
 
 
 class _Linear(nn.Module):
-    """A linear layer of vLLM, which returns its output and a bias."""
+    """A linear layer of vLLM, which returns its output and a bias; looked up, since LoRA replaces it."""
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, owner: nn.Module, name: str) -> None:
         super().__init__()
-        self.linear = linear
+        self.owner = owner
+        self.name = name
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)[0]
+        return getattr(self.owner, self.name)(x)[0]
 
 
 def _encoder_on(vision: Any) -> Encoder:
@@ -53,21 +54,21 @@ def _encoder_on(vision: Any) -> Encoder:
     encoder.class_embedding = vision.class_embedding
     encoder.position_embedding = vision.positional_embedding_vlm
     encoder.rotary.to(vision.class_embedding.device)
-    encoder.patch_embed = _Linear(vision.patch_embedding.linear)  # type: ignore[assignment]
+    encoder.patch_embed = _Linear(vision.patch_embedding, "linear")  # type: ignore[assignment]
     encoder.norm_pre, encoder.norm_post = vision.layernorm_pre, vision.layernorm_post
     _take_mlp(encoder.adapter, vision.vision_adapter.mlp)
     ours: Any
     for ours, theirs in zip(encoder.layers, vision.model.layers, strict=True):
         ours.norm_1, ours.norm_2 = theirs.input_layernorm, theirs.post_attention_layernorm
         ours.attention.heads = theirs.self_attn.num_local_heads
-        ours.attention.qkv = _Linear(theirs.self_attn.qkv_proj)
-        ours.attention.out_proj = _Linear(theirs.self_attn.o_proj)
+        ours.attention.qkv = _Linear(theirs.self_attn, "qkv_proj")
+        ours.attention.out_proj = _Linear(theirs.self_attn, "o_proj")
         _take_mlp(ours.mlp, theirs.mlp)
     return encoder
 
 
 def _take_mlp(ours: Any, theirs: Any) -> None:
-    ours.fc1, ours.fc2 = _Linear(theirs.fc1), _Linear(theirs.fc2)
+    ours.fc1, ours.fc2 = _Linear(theirs, "fc1"), _Linear(theirs, "fc2")
 
 
 class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
