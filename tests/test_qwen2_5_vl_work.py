@@ -1,11 +1,16 @@
-"""Matrix work that attention issues for a real image of Qwen2.5-VL, padding included, against what it has to do."""
+"""The Triton kernels in Qwen2.5-VL's encoder: its features, and the matrix work that attention issues for an image."""
 
+import dataclasses
+
+import pytest
 import torch
 from torch import Tensor
 from vit_encoder import Qwen2_5_VLVisionConfig
-from vit_encoder.qwen2_5_vl import vision_metadata
+from vit_encoder.qwen2_5_vl import reference_forward, vision_metadata
 from vit_kernels import force_impl, varlen_attention
-from vit_kernels.testing import corrected_interpreter, seeded_tensor
+from vit_kernels.testing import assert_close_to_reference, corrected_interpreter, seeded_tensor
+
+from tests.qwen2_5_vl_batches import encoder, patches
 
 CONFIG = Qwen2_5_VLVisionConfig.qwen2_5_vl_7b()
 METADATA = vision_metadata(torch.tensor([[1, 74, 54]]), CONFIG)
@@ -38,3 +43,16 @@ def test_a_photograph_with_ragged_windows_and_full_attention() -> None:
     layers = {METADATA.cu_window_seqlens: CONFIG.depth - full, METADATA.cu_seqlens: full}
     work = sum(count * issued(cu_seqlens) for cu_seqlens, count in layers.items())
     assert work <= 1.15 * sum(count * useful(cu_seqlens) for cu_seqlens, count in layers.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_kernels_the_encoder_is_as_exact_as_on_pytorch(dtype: torch.dtype) -> None:
+    config = dataclasses.replace(Qwen2_5_VLVisionConfig.tiny(), depth=2, patch_size=4, window_size=32)
+    model = encoder(config, 0, dtype)
+    grid_thw = torch.tensor([[1, 10, 4], [2, 4, 8], [1, 2, 2]])
+    pixel_values = patches(config, grid_thw, 0, dtype)
+    with corrected_interpreter() as counts, force_impl("triton"):
+        features = model(pixel_values, grid_thw)
+    assert counts.dot_flops > 0
+    expected = reference_forward(model, pixel_values, grid_thw)
+    assert_close_to_reference(features, expected, model(pixel_values, grid_thw))
