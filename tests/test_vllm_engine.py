@@ -132,6 +132,17 @@ def test_the_encoder_is_one_whole_graph_of_our_ops(engines: Engines, variant: Va
     assert not any("complex" in op or "scaled_dot_product" in op for op in graph["ops"])
 
 
+@pytest.mark.parametrize("variant", COMPILED, ids=ids)
+def test_no_compiled_artefact_is_shared_with_vllm_alone(engines: Engines, variant: Variant) -> None:
+    # vLLM 0.32 writes these files on a CPU too, but cannot load them there: only their names tell.
+    ours, theirs = (
+        engines.report(variant)["vision_model"]["artefact"],
+        engines.report(ALONE)["vision_model"]["artefact"],
+    )
+    assert ours is not None
+    assert ours != theirs
+
+
 def test_the_uncompiled_encoder_makes_no_graph(engines: Engines) -> None:
     for variant in OURS:
         if not variant.compiled:

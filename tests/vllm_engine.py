@@ -107,7 +107,11 @@ def main() -> None:
 
 def vision_model(model: torch.nn.Module) -> dict[str, Any]:
     vision: Any = model.vision_model
-    return {"module": type(vision).__module__, "compiled": getattr(vision, "compiled", False)}
+    return {
+        "module": type(vision).__module__,
+        "compiled": getattr(vision, "compiled", False),
+        "artefact": getattr(vision, "_aot_compilation_path", None),
+    }
 
 
 if __name__ == "__main__":
