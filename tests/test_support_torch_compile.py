@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vit_encoder import CompilationConfig, Llama4VisionConfig, Llama4VisionModel, compilation_counter, whole_graph
 from vit_encoder.compilation import support_torch_compile
@@ -99,6 +100,33 @@ def test_what_forward_reads_besides_its_tensors_is_guarded(monkeypatch: pytest.M
         assert module(x).tolist() == [4, 9]
         monkeypatch.setitem(globals(), "OFFSET", 1)
         assert module(x).tolist() == [5, 10]
+
+
+def test_parameters_that_become_none_or_of_another_kind_compile_again() -> None:
+    """Their guards, on the type too, are replaced by one check of all of them."""
+
+    class Normed(Doubled):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, bias: Tensor | None = None, *, scale: int = 2) -> Tensor:
+            return F.layer_norm(self.linear(x[:, None].expand(-1, 4)), (4,), self.norm.weight, self.norm.bias)
+
+    class Tagged(nn.Parameter):
+        pass
+
+    module, x = Normed(), torch.tensor([-2.0, 3.0])
+    with torch.no_grad(), compilation_counter.expect(graphs_seen=5, recompiles=4):
+        for name, part, value in (
+            ("weight", module.norm, nn.Parameter(torch.rand(4))),
+            ("bias", module.norm, None),
+            ("bias", module.linear, None),
+            ("bias", module.norm, nn.Parameter(torch.rand(4))),
+            ("weight", module.norm, Tagged(torch.rand(4))),
+        ):
+            setattr(part, name, value)
+            torch.testing.assert_close(module(x), module.forward(x))
 
 
 def test_a_user_s_own_compilation_stays_in_force() -> None:

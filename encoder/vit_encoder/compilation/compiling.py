@@ -47,7 +47,7 @@ class CompiledModule:
     one is another object, or any module was moved or cast, one `TensorGuards` checks the same of all of them (type,
     dtype, device, shape, strides, requires_grad). `parameter.data = ...` by hand is seen by neither.
 
-    The other guards stay Dynamo's, but those on code, 10 us of a call: that a global function or class is still the
+    The other guards stay Dynamo's, but those on code, 10 us of a call (that a global function or class is still the
     same one. A function that is patched between two calls is not seen.
     """
 
@@ -118,11 +118,12 @@ class _Backend:
         return _checking(self._compile(graph, example_inputs, options), indices, self.owner, next(_graphs))
 
     def keep(self, entries: list[Any]) -> list[bool]:
-        """Which of Dynamo's guards stay: all but those on tensors that are checked here, and on code."""
-        return [not self._is_checked(entry) and not _is_code(entry) for entry in entries]
-
-    def _is_checked(self, entry: Any) -> bool:
-        return entry.guard_type == "TENSOR_MATCH" and entry.orig_guard.originating_source.name in self.checked
+        """Which of Dynamo's guards stay: all but those on tensors that are checked here, and on what never changes."""
+        names = [entry.orig_guard.originating_source.name for entry in entries]
+        return [
+            name not in self.checked and not _is_code(entry, name) and not _is_part_of_module(entry, name)
+            for entry, name in zip(entries, names, strict=True)
+        ]
 
     def _compile(
         self, graph: torch.fx.GraphModule, example_inputs: list[Any], options: dict[str, Any]
@@ -142,9 +143,14 @@ class _Backend:
         return compiled
 
 
-def _is_code(entry: Any) -> bool:
+def _is_code(entry: Any, name: str) -> bool:
     """Whether a guard is on a module, function or class that forward finds among the globals, not in its arguments."""
-    return isinstance(entry.value, _CODE) and "L[" not in entry.orig_guard.originating_source.name
+    return isinstance(entry.value, _CODE) and "L[" not in name
+
+
+def _is_part_of_module(entry: Any, name: str) -> bool:
+    """Whether a guard is on the type of the dictionaries that every nn.Module has."""
+    return entry.guard_type == "TYPE_MATCH" and name.endswith(("._modules", "._parameters", "._buffers"))
 
 
 def _cache_hits() -> int:
