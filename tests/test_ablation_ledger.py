@@ -51,6 +51,14 @@ def test_what_each_kernel_is_worth_in_launches_and_bytes(ablation: dict[str, dic
     }
 
 
+def test_the_epilogue_saves_a_launch_and_the_widest_activation_twice(ablation: dict[str, dict[str, Any]]) -> None:
+    forms = ablation["linear + GELU"]
+    weights = 2 * (4 * 1408 * 1408 + 4 * 1408)
+    assert (forms["Triton fused"]["launches"], forms["Triton fused"]["bytes"]) == (1, 5 * ACTIVATION + weights)
+    for form in ("eager", "Inductor alone"):
+        assert (forms[form]["launches"], forms[form]["bytes"]) == (2, 13 * ACTIVATION + weights)
+
+
 def test_the_shuffle_alone_moves_3_2_mb_a_tile(ablation: dict[str, dict[str, Any]]) -> None:
     forms = ablation["pixel shuffle, class token dropped"]
     assert {kernels["bytes"] for kernels in forms.values()} == {TILES * 2 * 576 * 1408 * 2}
