@@ -134,6 +134,7 @@ def test_compulsory_bytes_are_each_tensor_once() -> None:
     expected = {
         "pixel_shuffle": 2 * shuffled,
         "layer_norm_pixel_shuffle": 2 * shuffled + 2 * 4 * 24,
+        "linear_gelu": 4 * (5 * 5 * 24 + 4 * 24 * 25),
         "rotary_2d": 4 * heads + tables,
         "rotary_2d_qkv_": 4 * heads + tables,
         "varlen_attention-88": 4 * heads,

@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch import config as functorch_config
-from vit_kernels import force_impl, layer_norm_pixel_shuffle, pixel_shuffle, rotary_2d, rotary_2d_qkv_, varlen_attention
+from vit_kernels import (
+    force_impl,
+    layer_norm_pixel_shuffle,
+    linear_gelu,
+    pixel_shuffle,
+    rotary_2d,
+    rotary_2d_qkv_,
+    varlen_attention,
+)
 from vit_kernels.reference import (
     pixel_shuffle_reference,
     rotary_2d_qkv_reference,
@@ -84,6 +92,7 @@ def case_builders(setting: Setting) -> dict[str, Callable[[], Case]]:
     builders: dict[str, Callable[[], Case]] = {
         "pixel_shuffle": partial(_pixel_shuffle, setting),
         "layer_norm_pixel_shuffle": partial(_layer_norm_pixel_shuffle, setting),
+        "linear_gelu": partial(_linear_gelu, setting),
         "rotary_2d": partial(_rotary_2d, setting),
         "rotary_2d_qkv_": partial(_rotary_2d_qkv, setting),
     }
@@ -162,6 +171,18 @@ def _layer_norm_pixel_shuffle(setting: Setting) -> Case:
     nbytes = 2 * _bytes_of(x) + _bytes_of(weight, bias)
     sizes = f"{setting.tiles} x {GRID} x {GRID} x {WIDTH}"
     return Case(sizes, (expected,), "eager", nbytes, 0, calls | {"liger_kernel": liger})
+
+
+def _linear_gelu(setting: Setting) -> Case:
+    tokens, features = setting.tiles * POSITIONS, 4 * WIDTH
+    x, bias = setting.tensor(tokens, WIDTH), setting.tensor(features, seed=2)
+    weight = setting.tensor(features, WIDTH, seed=1) * WIDTH**-0.5
+    # The oracle of `vit_kernels.reference` holds every product of it.
+    expected = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
+    nbytes = _bytes_of(x, weight, bias) + 4 * _bytes_of(x)
+    sizes = f"{tokens} x {WIDTH} x {features}"
+    calls = _forms(linear_gelu, x, weight, bias)
+    return Case(sizes, (expected,), "eager", nbytes, 2 * tokens * WIDTH * features, calls)
 
 
 def _packed_qkv(setting: Setting, head_dim: int = 88) -> Tensor:
