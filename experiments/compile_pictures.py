@@ -28,9 +28,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(
-        f"CPU-seconds to the first result: {result['layers']} layers of width {result['width']}, one thread",
-        loc="left",
-        fontsize=10,
-    )
+    size = f"{result['layers']} layers of width {result['width']}"
+    axes.set_title(f"CPU-seconds to the first result: {result['model']}, {size}, one thread", loc="left", fontsize=10)
     figure.savefig(path, dpi=110)

@@ -1,4 +1,4 @@
-"""One form of the encoder in a process of its own: what it takes to its first result, judged before it counts.
+"""One form of an encoder in a process of its own: what it takes to its first result, judged before it counts.
 
 `experiments.compile_ledger` starts it; the last line that it prints is JSON.
 """
@@ -10,41 +10,25 @@ import json
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vit_encoder import CompilationConfig, Llama4VisionConfig, Llama4VisionModel, export, load
-from vit_encoder.llama4.model import EncoderLayer
+from vit_encoder import CompilationConfig, export, load
 
 from experiments.comparison import ALLOWED_EPS, relative_error
-from experiments.peers import transformers_vision_model
-from experiments.weights import SEED, random_encoder
+from experiments.compile_subjects import SUBJECTS, Batch, Subject
 
-FIRST, OTHERS = 2, (1, 17, 5)
-"""Tiles of the first call, which compiles, and of those after it."""
-
-Call = Callable[[Tensor], Tensor]
-
-
-def config_of(layers: int, heads: int) -> Llama4VisionConfig:
-    """Tiles of 112 pixels through so many layers of so many heads of 88."""
-    width = 88 * heads
-    return replace(
-        Llama4VisionConfig.tiny(),
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        hidden_size=width,
-        intermediate_size=4 * width,
-    )
+Call = Callable[[int], Tensor]
+"""The features of one of the subject's batches, by its index."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure one form and print what was seen."""
     parser = argparse.ArgumentParser(prog="python -m experiments.compile_process", description=__doc__)
     parser.add_argument("form", choices=FORMS)
+    parser.add_argument("--model", choices=SUBJECTS, required=True)
     parser.add_argument("--layers", type=int, required=True)
     parser.add_argument("--heads", type=int, required=True)
     parser.add_argument("--cache", type=Path, required=True, help="cache_dir of the form 'decorated'")
@@ -54,29 +38,21 @@ def main(arguments: list[str] | None = None) -> None:
     imported = time.time() - options.started
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    model = random_encoder(config_of(options.layers, options.heads), dtype=torch.float32, device=torch.device("cpu"))
-    batches = {tiles: pixels(model.config, tiles) for tiles in (FIRST, *OTHERS)}
-    expected = {tiles: model(batch).double() for tiles, batch in batches.items()}
+    subject = SUBJECTS[options.model](options.layers, options.heads)
+    expected = [subject.encoder(*batch).double() for batch in subject.batches]
     cpu, wall = cpu_seconds(), time.perf_counter()
-    call = FORMS[options.form](model, options)
-    first = call(batches[FIRST])
+    call = FORMS[options.form](subject, options)
+    first = call(0)
     seconds = time.perf_counter() - wall
     seen: dict[str, Any] = {
         "cpu_seconds": cpu_seconds() - cpu,
         "seconds": seconds,
         "seconds_with_imports": imported + seconds,
     }
-    deviations = [relative_error(first, expected[FIRST]).rms]
-    deviations += [relative_error(call(batches[tiles]), expected[tiles]).rms for tiles in OTHERS]
-    seen |= {"deviation": max(deviations), "allowed": 2 * ALLOWED_EPS * torch.finfo(torch.float32).eps}
-    seen |= {"graphs": graphs(), "parameters": sum(x.numel() for x in model.parameters())}
+    results = [first, *map(call, range(1, len(expected)))]
+    seen["deviation"] = max(relative_error(*pair).rms for pair in zip(results, expected, strict=True))
+    seen |= {"allowed": 2 * ALLOWED_EPS * torch.finfo(torch.float32).eps, "graphs": graphs()}
     print(json.dumps(seen))
-
-
-def pixels(config: Llama4VisionConfig, tiles: int) -> Tensor:
-    """[tiles, 3, image_size, image_size], the same in every process."""
-    generator = torch.Generator().manual_seed(SEED + tiles)
-    return torch.randn(tiles, 3, config.image_size, config.image_size, generator=generator)
 
 
 def cpu_seconds() -> float:
@@ -92,45 +68,48 @@ def graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def _plain(model: Llama4VisionModel, options: argparse.Namespace) -> Call:
-    """torch.compile of the same module, its layers inlined."""
-    EncoderLayer._region = EncoderLayer._block
-    compiled = torch.compile(model.forward, fullgraph=True)
-
-    def call(pixel_values: Tensor) -> Tensor:
-        torch._dynamo.decorators.mark_unbacked(pixel_values, 0)
-        return compiled(pixel_values)
+def _on(compiled: Callable[..., Any], batches: list[Batch], mark: Callable[[Tensor, int], None]) -> Call:
+    def call(index: int) -> Any:
+        for x in batches[index]:
+            mark(x, 0)
+        return compiled(*batches[index])
 
     return call
 
 
-def _transformers(model: Llama4VisionModel, options: argparse.Namespace) -> Call:
-    peer = transformers_vision_model(model)
+def _plain(subject: Subject, options: argparse.Namespace) -> Call:
+    """torch.compile of the same module, its layers inlined."""
+    layer, regions = subject.layer
+    for region in regions:
+        setattr(layer, region, layer._block)  # type: ignore[attr-defined]
+    compiled = torch.compile(subject.encoder.forward, fullgraph=True)
+    return _on(compiled, subject.batches, torch._dynamo.decorators.mark_unbacked)
+
+
+def _transformers(subject: Subject, options: argparse.Namespace) -> Call:
+    peer = subject.peer()
     assert isinstance(peer, nn.Module), "transformers is not installed"
     compiled = torch.compile(peer.forward)
-
-    def call(pixel_values: Tensor) -> Tensor:
-        torch._dynamo.mark_dynamic(pixel_values, 0)
-        out: Tensor = compiled(pixel_values).last_hidden_state
-        return out
-
-    return call
+    call = _on(compiled, subject.peer_batches, torch._dynamo.maybe_mark_dynamic)
+    return lambda index: getattr(call(index), subject.peer_features)
 
 
-def _decorated(model: Llama4VisionModel, options: argparse.Namespace) -> Call:
-    model.compilation_config = CompilationConfig(compile_mm_encoder=True, cache_dir=options.cache)
-    return model
+def _decorated(subject: Subject, options: argparse.Namespace) -> Call:
+    subject.encoder.compilation_config = CompilationConfig(compile_mm_encoder=True, cache_dir=options.cache)
+    return lambda index: subject.encoder(*subject.batches[index])
 
 
-def _exported(model: Llama4VisionModel, options: argparse.Namespace) -> Call:
-    return load(export(model, [pixels(model.config, FIRST)], options.artefact))
+def _exported(subject: Subject, options: argparse.Namespace) -> Call:
+    deployed = load(export(subject.encoder, subject.batches[0], options.artefact))
+    return lambda index: deployed(*subject.batches[index])
 
 
-def _loaded(model: Llama4VisionModel, options: argparse.Namespace) -> Call:
-    return load(options.artefact, configuration=model.config)
+def _loaded(subject: Subject, options: argparse.Namespace) -> Call:
+    deployed = load(options.artefact, configuration=subject.encoder.config)
+    return lambda index: deployed(*subject.batches[index])
 
 
-FORMS: dict[str, Callable[[Llama4VisionModel, argparse.Namespace], Call]] = {
+FORMS: dict[str, Callable[[Subject, argparse.Namespace], Call]] = {
     "plain": _plain,
     "transformers": _transformers,
     "decorated": _decorated,

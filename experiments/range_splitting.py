@@ -19,7 +19,7 @@ from rich.console import Console
 from vit_encoder import CompilationConfig, Llama4VisionModel
 
 from experiments.comparison import ALLOWED_EPS, relative_error
-from experiments.compile_process import config_of, pixels
+from experiments.compile_subjects import llama4_config, pixels
 from experiments.environment import environment
 from experiments.measure import interleaved, summary
 from experiments.weights import random_encoder
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(layers: int, heads: int, hot: int, rounds: int) -> dict[str, Any]:
     """Seconds of a call of `hot` tiles in both forms."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = config_of(layers, heads)
+    config = llama4_config(layers, heads)
     x = pixels(config, hot).to(device)
     forms = {"one range": (), "a static graph for the hot size": tuple(size for size in (hot - 1, hot) if size)}
     models: dict[str, Llama4VisionModel] = {}

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from vit_encoder import CompilationConfig, Llama4VisionModel
+from vit_encoder import CompilationConfig
 
 from experiments import compile_ledger, compile_process
+from experiments.compile_subjects import SUBJECTS, Subject
 
-SIZE = ["--layers", "1", "--heads", "1"]
+SIZE = ["--model", "llama4", "--layers", "1", "--heads", "1"]
 
 
 def in_this_process(form: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -45,21 +46,25 @@ def test_a_process_that_fails_is_a_problem(tmp_path: Path, monkeypatch: pytest.M
 def test_wrong_features_are_seen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(model: Llama4VisionModel, options: Any) -> compile_process.Call:
-        # One tile alone goes wrong, and not in the first call.
-        return lambda x: model(x) * (1.001 if len(x) == 1 else 1.0)
+    def wrong(subject: Subject, options: Any) -> compile_process.Call:
+        # One batch alone goes wrong, and not in the first call.
+        return lambda index: subject.encoder(*subject.batches[index]) * (1.001 if index == 1 else 1.0)
 
     monkeypatch.setitem(compile_process.FORMS, "plain", wrong)
     seen = in_this_process("plain", tmp_path, capsys)
     assert seen["deviation"] > seen["allowed"]
-    monkeypatch.setitem(compile_process.FORMS, "plain", lambda model, options: model)
+    monkeypatch.setitem(compile_process.FORMS, "plain", lambda s, _: lambda index: s.encoder(*s.batches[index]))
     seen = in_this_process("plain", tmp_path, capsys)
     assert seen["deviation"] <= seen["allowed"]
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_the_plain_form_inlines_the_layers_and_ours_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_process.EncoderLayer, "_region", compile_process.EncoderLayer._region)
+@pytest.mark.parametrize("model", SUBJECTS)
+def test_the_plain_form_inlines_the_layers_and_ours_does_not(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    subject = SUBJECTS[model](8, 1)
+    layer, names = subject.layer
+    for name in names:
+        monkeypatch.setattr(layer, name, getattr(layer, name))
     regions = []
 
     def backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
@@ -68,16 +73,14 @@ def test_the_plain_form_inlines_the_layers_and_ours_does_not(monkeypatch: pytest
 
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compiler(*args, **{**kwargs, "backend": backend}))
-    model = compile_process.random_encoder(
-        compile_process.config_of(3, 1), dtype=torch.float32, device=torch.device("cpu")
-    )
-    x = compile_process.pixels(model.config, 2)
     with torch.no_grad():
-        model.compilation_config = CompilationConfig(compile_mm_encoder=True)
-        model(x)
-        model.compilation_config = None
-        compile_process.FORMS["plain"](model, None)(x)  # type: ignore[arg-type]
-    assert regions == [3, 0]
+        subject.encoder.compilation_config = CompilationConfig(compile_mm_encoder=True)
+        subject.encoder(*subject.batches[0])
+        subject.encoder.compilation_config = None
+        call = compile_process.FORMS["plain"](subject, None)  # type: ignore[arg-type]
+        for index, batch in enumerate(subject.batches):
+            torch.testing.assert_close(call(index), subject.encoder(*batch), rtol=1e-4, atol=1e-4)
+    assert regions == [8, 0]
 
 
 def row(name: str, cpu_seconds: float) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def row(name: str, cpu_seconds: float) -> dict[str, Any]:
 def test_goals_are_met_missed_or_not_measured() -> None:
     seconds = {"plain": 10.0, "transformers": 20.0, "ours, cold": 6.0, "ours, warm": 1.5, "export": 9.0, "load": 3.0}
     rows = [row(name, of) for name, of in seconds.items()]
-    lines = [compile_ledger.describe(goal) for goal in compile_ledger._goals(rows)]
+    lines = [compile_ledger.describe(goal) for goal in compile_ledger._goals("llama4", rows)]
     assert lines == [
         "ours, cold of plain: 0.6x, goal 0.55x: MISSED",
         "ours, cold of transformers: 0.3x, goal 0.55x: met",
@@ -96,7 +99,7 @@ def test_goals_are_met_missed_or_not_measured() -> None:
         "load: 4 s, goal 5.0 s: met",
     ]
     rows[1] = compile_ledger._summary("transformers", "", [{"problem": "wrong"}])
-    assert compile_ledger.describe(compile_ledger._goals(rows)[1]).endswith("not measured (goal 0.55x)")
+    assert compile_ledger.describe(compile_ledger._goals("llama4", rows)[1]).endswith("not measured (goal 0.55x)")
 
 
 def test_the_medians_are_of_all_rounds_and_one_wrong_sample_spoils_them() -> None:
@@ -115,6 +118,6 @@ def test_a_figure_and_a_file_are_written(
     monkeypatch.setattr(compile_ledger, "measure", lambda *size: samples)
     assert compile_ledger.main(["--out", str(tmp_path)]) == 1
     assert "MISSED" in capsys.readouterr().out
-    result = json.loads((tmp_path / "compile_ledger-176.json").read_text())
+    result = json.loads((tmp_path / "compile_ledger-llama4-176.json").read_text())
     assert [each["problem"] for each in result["rows"]].count("wrong") == 1
-    assert (tmp_path / "compile_ledger-176.png").stat().st_size > 10_000
+    assert (tmp_path / "compile_ledger-llama4-176.png").stat().st_size > 10_000
