@@ -39,8 +39,6 @@ ROWS = (
     ("export", "exported", "AOTInductor package and weights, and its first call"),
     ("load", "loaded", "a new process with that package, and its first call"),
 )
-# Its patches are a multiple of its units, which an export cannot state.
-NOT_EXPORTED = ("qwen2_5_vl",)
 # model -> (row, of another row's CPU-seconds or None for seconds with imports, at most)
 GOALS: dict[str, tuple[tuple[str, str | None, float], ...]] = {
     "llama4": (
@@ -69,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg()[0]
     samples = measure(options.model, options.layers, options.heads, options.rounds)
-    rows = [_summary(name, what, samples[name]) for name, _, what in rows_of(options.model)]
+    rows = [_summary(name, what, samples[name]) for name, _, what in ROWS]
     result = {
         "experiment": "compile_ledger",
         "model": options.model,
@@ -95,17 +93,11 @@ def _positive(text: str) -> int:
     return value
 
 
-def rows_of(model: str) -> list[tuple[str, str, str]]:
-    """ROWS that a model has."""
-    return [row for row in ROWS if model not in NOT_EXPORTED or row[1] not in ("exported", "loaded")]
-
-
 def measure(model: str, layers: int, heads: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
     """What each row's processes printed, `rounds` times in turn."""
     samples: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    rows = rows_of(model)
     size = ["--model", model, "--layers", str(layers), "--heads", str(heads)]
-    with tqdm(total=2 + rounds * len(rows), desc="processes", unit="process", disable=None) as progress:
+    with tqdm(total=2 + rounds * len(ROWS), desc="processes", unit="process", disable=None) as progress:
         # Inductor compiles the headers that its code includes once a machine: not part of any form.
         for form in ("decorated", "exported"):
             progress.set_postfix_str("headers")
@@ -114,7 +106,7 @@ def measure(model: str, layers: int, heads: int, rounds: int) -> dict[str, list[
             progress.update()
         for _ in range(rounds):
             with tempfile.TemporaryDirectory() as folder:
-                for name, form, _ in rows:
+                for name, form, _ in ROWS:
                     progress.set_postfix_str(name)
                     samples[name].append(_run(form, size, Path(folder)))
                     progress.update()

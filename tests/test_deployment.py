@@ -242,6 +242,31 @@ def test_bad_arguments(args: list[Any], error: type[Exception], message: str, sm
         load(small)(*args)
 
 
+@support_torch_compile(dynamic_arg_dims={"x": 0, "order": 0})
+class Grouped(nn.Module):
+    """Four rows a group, as Qwen2.5-VL's patches and units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor, order: Tensor) -> Tensor:
+        """Shapes: [4 * n, 3], [n] -> [n, 12]."""
+        torch._check(x.shape[0] == 4 * order.shape[0])
+        return (x * self.weight).unflatten(0, (-1, 4)).flatten(1).index_select(0, order)
+
+
+def test_a_size_that_is_a_multiple_of_another(tmp_path: Path) -> None:
+    module = Grouped()
+    run = load(export(module, [torch.randn(8, 3), torch.arange(2)], tmp_path / "grouped"))
+    for groups in (1, 5):
+        x, order = torch.randn(4 * groups, 3), torch.randperm(groups)
+        torch.testing.assert_close(run(x, order), module(x, order).detach())
+    for rows, groups in ((8, 3), (9, 2), (0, 0)):
+        with pytest.raises(ValueError, match=r"got shape .*, expected \['4?\*?s\d+'"):
+            run(torch.randn(rows, 3), torch.arange(groups))
+
+
 @support_torch_compile(dynamic_arg_dims={"x": 0})
 class Conditional(nn.Module):
     """Another graph for more than four rows."""

@@ -76,16 +76,21 @@ def _check_input(x: Tensor, expected: dict[str, Any], device: torch.device, size
         raise TypeError(f"{name}: got {x.dtype}, expected {expected['dtype']}")
     if x.device != device:
         raise ValueError(f"{name}: got device {x.device}, expected {device}")
-    fits = x.dim() == len(shape) and all(
-        0 < size == (sizes.setdefault(known, size) if isinstance(known, str) else known)
-        for size, known in zip(x.shape, shape, strict=True)
-    )
+    fits = x.dim() == len(shape) and all(_fits(size, known, sizes) for size, known in zip(x.shape, shape, strict=True))
     if not fits:
         raise ValueError(
             f"{name}: got shape {tuple(x.shape)}, expected {shape}, each at least 1, where {sizes or '{}'}"
         )
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: got requires_grad, expected none: a deployed module has no gradients")
+
+
+def _fits(size: int, known: int | str, sizes: dict[str, int]) -> bool:
+    if isinstance(known, int):
+        return size == known
+    times, _, symbol = known.rpartition("*")
+    count, rest = divmod(size, int(times or 1))
+    return rest == 0 and count > 0 and sizes.setdefault(symbol, count) == count
 
 
 def laid_out(x: Tensor) -> Tensor:

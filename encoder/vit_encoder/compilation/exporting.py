@@ -119,14 +119,20 @@ def _user_inputs(program: ExportedProgram) -> list[tuple[str, Any]]:
 
 
 def _input(name: str, value: Any) -> dict[str, Any]:
-    _check_every_size(name, value)
-    shape = [size if isinstance(size, int) else str(size) for size in value.shape]
+    """A size stands as a number, a symbol, or a multiple of one: "s0", "4*s0"."""
+    sizes = [size if isinstance(size, int) else size.node.expr for size in value.shape]
+    guards = [guard.expr for guard in value.fake_mode.shape_env.guards]
+    # Equal sizes, and multiples of one another, are one symbol in the manifest.
+    limits = [x for x in guards if not (isinstance(x, sympy.Eq) and _is_multiple(x.lhs) and _is_multiple(x.rhs))]
+    limits += [size for size in sizes if not (isinstance(size, int) or _is_multiple(size))]
+    if limits:
+        found = ", ".join(map(str, limits))
+        raise ValueError(f"{name}: got a graph that holds for {found}, expected one for every size from 1")
+    shape = [size if isinstance(size, int) else str(size) for size in sizes]
     return {"name": name, "dtype": str(value.dtype), "shape": shape}
 
 
-def _check_every_size(name: str, value: Any) -> None:
-    guards = [guard.expr for guard in value.fake_mode.shape_env.guards]
-    # Equal sizes are one symbol in the manifest.
-    limits = [str(x) for x in guards if not (isinstance(x, sympy.Eq) and x.lhs.is_symbol and x.rhs.is_symbol)]
-    if limits:
-        raise ValueError(f"{name}: got a graph that holds for {', '.join(limits)}, expected one for every size from 1")
+def _is_multiple(size: Any) -> bool:
+    """Whether it is a symbol, or a positive whole number of times one."""
+    times, symbol = size.as_coeff_Mul()
+    return bool(symbol.is_symbol and times.is_Integer and times > 0)
