@@ -20,8 +20,9 @@ Usage: ./scripts/test_versions.sh [--no-report] [NAME ...]
 
 Runs the kernels' tests (interpreted, and compiled for five GPU targets) on other versions of Triton and PyTorch than
 those of constraints.txt, compiles every configuration of attention with them, and says which figures differ from the
-committed kernel report; transformers-5.0 runs the tests of the transformers integration instead. Each NAME has a virtual environment of its own, .venv-NAME, made at the first call (several
-minutes, 2 to 6 GB). No GPU is needed. About 15 minutes a NAME on 2 cores.
+committed kernel report; transformers-5.0 runs the tests of the transformers integration instead. Each NAME has a
+virtual environment of its own, .venv-NAME, made at the first call (several minutes, 2 to 6 GB). No GPU is needed.
+About 15 minutes a NAME on 2 cores.
 
   --no-report  only the tests
   NAME         one of those below (default: all of them)

@@ -306,6 +306,14 @@ def test_what_cannot_be_exported(
     assert not list(tmp_path.iterdir())
 
 
+def test_other_users_may_read_the_folder_and_nothing_lies_beside_it(small: Path) -> None:
+    expected = small.parent / "made here"
+    expected.mkdir()
+    assert small.stat().st_mode == expected.stat().st_mode
+    expected.rmdir()
+    assert list(small.parent.iterdir()) == [small]
+
+
 def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"folder: got .*, expected one that does not exist"):
         export(Small(), [torch.ones(2, 3), torch.ones(2, 3)], tmp_path)

@@ -59,11 +59,13 @@ def export(module: nn.Module, args: Sequence[Tensor], folder: str | os.PathLike[
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
         try:
-            _write(scratch, module, program)
-            scratch.rename(folder)
-        except BaseException:
+            # Inside of it: a temporary folder itself is closed to other users.
+            complete = scratch / folder.name
+            complete.mkdir()
+            _write(complete, module, program)
+            complete.rename(folder)
+        finally:
             shutil.rmtree(scratch, ignore_errors=True)
-            raise
     return folder
 
 
