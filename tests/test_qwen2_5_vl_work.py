@@ -1,48 +1,80 @@
 """The Triton kernels in Qwen2.5-VL's encoder: its features, and the matrix work that attention issues for an image."""
 
 import dataclasses
+import json
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 from vit_encoder import Qwen2_5_VLVisionConfig
 from vit_encoder.qwen2_5_vl import reference_forward, vision_metadata
-from vit_kernels import force_impl, varlen_attention
-from vit_kernels.testing import assert_close_to_reference, corrected_interpreter, seeded_tensor
+from vit_kernels import force_impl
+from vit_kernels.testing import assert_close_to_reference, corrected_interpreter
 
+from experiments import attention_work
+from experiments.peers import transformers_qwen2_5_vl
 from tests.qwen2_5_vl_batches import encoder, patches
 
-CONFIG = Qwen2_5_VLVisionConfig.qwen2_5_vl_7b()
-METADATA = vision_metadata(torch.tensor([[1, 74, 54]]), CONFIG)
-"""A photograph of 1036 x 756 pixels: windows of 64 patches and, along two edges, of 48, 16 and 12."""
-
-
-def issued(cu_seqlens: Tensor) -> float:
-    """FLOPs of the dots of one head."""
-    shape = (int(cu_seqlens[-1]), 3, 1, CONFIG.head_dim)
-    q, k, v = seeded_tensor(shape, dtype=torch.bfloat16, seed=0).unbind(1)
-    with corrected_interpreter() as counts, force_impl("triton"):
-        varlen_attention(q, k, v, cu_seqlens)
-    return counts.dot_flops
-
-
-def useful(cu_seqlens: Tensor) -> int:
-    """4 * length**2 * head_dim a sequence."""
-    return int(4 * cu_seqlens.long().diff().square().sum() * CONFIG.head_dim)
+WORKLOADS = {workload.name.partition(", ")[2]: workload for workload in attention_work.workloads()}
 
 
 def test_whole_windows_pad_nothing_to_speak_of() -> None:
-    windows = torch.arange(0, 5 * 64, 64, dtype=torch.int32)
-    assert issued(windows) <= 1.10 * useful(windows)
+    assert ratio("windows of 64 patches") <= 1.10
 
 
 def test_a_photograph_with_ragged_windows_and_full_attention() -> None:
-    lengths = METADATA.cu_window_seqlens.diff().unique().tolist()
-    assert lengths == [12, 16, 48, 64]
-    full = len(CONFIG.fullatt_block_indexes)
-    layers = {METADATA.cu_window_seqlens: CONFIG.depth - full, METADATA.cu_seqlens: full}
-    work = sum(count * issued(cu_seqlens) for cu_seqlens, count in layers.items())
-    assert work <= 1.15 * sum(count * useful(cu_seqlens) for cu_seqlens, count in layers.items())
+    (_, windows), (_, whole) = WORKLOADS["74 x 54 patches, all layers"].layers
+    assert sorted(set(windows)) == [12, 16, 48, 64]
+    assert whole == (sum(windows),) == (74 * 54,)
+    assert ratio("74 x 54 patches, all layers") <= 1.15
+
+
+def ratio(workload: str) -> float:
+    """Matrix FLOPs that our attention issues over the useful ones."""
+    figure: float = attention_work.row(WORKLOADS[workload], attention_work.ATTENTIONS[0])["flops_issued_over_useful"]
+    return figure
+
+
+def test_the_committed_table_is_what_the_code_computes() -> None:
+    committed = json.loads((attention_work.RESULTS / "attention_work.json").read_text(encoding="utf-8"))["rows"]
+    here = attention_work.installed()
+    made = [attention_work.row(workload, attention) for workload in WORKLOADS.values() for attention in here]
+    names = {attention.name for attention in here}
+    assert [row for row in committed if row["attention"] in names] == made
+    assert {row["attention"] for row in committed} == {attention.name for attention in attention_work.ATTENTIONS}
+
+
+def test_a_model_takes_whole_tiles_of_each_sequence() -> None:
+    counts = attention_work.tiles(128, 64, 96)((129, 64), 80)
+    assert counts.exp2 == 256 * 192 + 128 * 64
+    assert counts.dot_flops == 4 * 96 * counts.exp2
+
+
+def test_transformers_calls_pytorch_once_a_sequence() -> None:
+    config = dataclasses.replace(Qwen2_5_VLVisionConfig.tiny(), depth=2)
+    model, grid_thw = encoder(config, 0, torch.float32), torch.tensor([[1, 10, 4], [1, 8, 8]])
+    peer = transformers_qwen2_5_vl(model)
+    assert peer is not None
+    metadata = vision_metadata(grid_thw, config)
+    sequences = [
+        len(metadata.cu_seqlens if layer.full else metadata.cu_window_seqlens) - 1 for layer in model.encoder.layers
+    ]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", side_effect=attend) as calls:
+        peer(patches(config, grid_thw, 0, torch.float32), grid_thw=grid_thw)
+    assert calls.call_count == sum(map(attention_work.ATTENTIONS[-1].launches, sequences)) > 2 * len(sequences)
+
+
+def test_the_command_writes_what_it_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(attention_work, "workloads", lambda: (WORKLOADS["windows of 64 patches"],))
+    assert attention_work.main(["--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "attention_work.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["attention"] for row in rows] == [attention.name for attention in attention_work.installed()]
+    printed = capsys.readouterr().out
+    assert all(f"{row['flops_issued_over_useful']:.3f}" in printed for row in rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
