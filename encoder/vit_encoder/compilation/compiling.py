@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import itertools
 import operator
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo.guards import TensorGuards
-from torch._subclasses import fake_impls
 
 from vit_encoder.compilation.artifacts import artifacts
 from vit_encoder.compilation.config import CompilationConfig, dump
 from vit_encoder.compilation.context import ModelTag
 from vit_encoder.compilation.counter import compilation_counter
+from vit_encoder.compilation.workarounds import workarounds
 
 # Otherwise all instances of a class share one limit of graphs (recompile_limit, 8), and one instance's graph counts as
 # another's recompilation. New in torch 2.13 or shortly before.
@@ -135,7 +133,7 @@ class _Backend:
         if inductor_options := self.config.options():
             options = {"config_patches": inductor_options}
         hits = _cache_hits()
-        with artifacts(graph, self.config, self.tag), size_oblivious_views():
+        with artifacts(graph, self.config, self.tag), workarounds():
             compiled = backend(graph, example_inputs, **options)
         hit = _cache_hits() > hits
         compilation_counter.cache_hits += hit
@@ -157,23 +155,6 @@ def _cache_hits() -> int:
     from torch._dynamo.utils import counters  # loads triton
 
     return max(counters["aot_autograd"]["autograd_cache_hit"], counters["inductor"]["fxgraph_cache_hit"])
-
-
-@contextlib.contextmanager
-def size_oblivious_views() -> Iterator[None]:
-    """Under backed_size_oblivious Inductor 2.13 still guards on a strided view's size (`65*s > 65`), which costs a
-    second graph for size 1: its `View.create` asks for the oblivious form for unbacked sizes only.
-    """
-    compute_stride = getattr(fake_impls, "_compute_stride", None)
-    if compute_stride is None or not torch.fx.experimental._config.backed_size_oblivious:
-        yield
-        return
-
-    def oblivious(old_shape: Any, old_stride: Any, new_shape: Any, size_oblivious: bool = False) -> Any:
-        return compute_stride(old_shape, old_stride, new_shape, size_oblivious=True)
-
-    with mock.patch.object(fake_impls, "_compute_stride", oblivious):
-        yield
 
 
 class _Moves:

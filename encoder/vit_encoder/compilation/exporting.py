@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from vit_encoder.compilation.artifacts import op_packages, package_code
-from vit_encoder.compilation.compiling import size_oblivious_views
 from vit_encoder.compilation.config import CompilationConfig
 from vit_encoder.compilation.decorator import argument_names
 from vit_encoder.compilation.manifest import FORMAT, GRAPH, MANIFEST, WEIGHTS, checksum, described, machine, plain
+from vit_encoder.compilation.workarounds import workarounds
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def export(module: nn.Module, args: Sequence[Tensor], folder: str | os.PathLike[
         raise FileExistsError(f"folder: got {folder}, expected one that does not exist")
     if not all(isinstance(x, Tensor) for x in args):
         raise TypeError(f"args: got {', '.join(type(x).__name__ for x in args)}, expected tensors")
-    with fx_config.patch(backed_size_oblivious=True), size_oblivious_views():  # type: ignore[attr-defined]
+    with fx_config.patch(backed_size_oblivious=True), workarounds():  # type: ignore[attr-defined]
         program = _traced(module, args)
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
