@@ -268,6 +268,21 @@ def test_a_size_that_is_a_multiple_of_another(tmp_path: Path) -> None:
 
 
 @support_torch_compile(dynamic_arg_dims={"x": 0})
+class Weightless(nn.Module):
+    """Nothing to learn."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: [n, 3] -> [n, 3]."""
+        return x.sin()
+
+
+def test_a_module_without_weights(tmp_path: Path) -> None:
+    run = load(export(Weightless(), [torch.ones(2, 3)], tmp_path / "weightless"))
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(run(x), x.sin())
+
+
+@support_torch_compile(dynamic_arg_dims={"x": 0})
 class Conditional(nn.Module):
     """Another graph for more than four rows."""
 
@@ -293,7 +308,9 @@ class Pair(Conditional):
     ("module", "args", "error", "message"),
     [
         (nn.Linear(3, 3), [torch.ones(2, 3)], TypeError, "module: got Linear, expected a class decorated"),
-        (Small(), [torch.ones(2, 3), None], TypeError, "args: got Tensor, NoneType, expected tensors"),
+        (Small(), [torch.ones(2, 3), None], TypeError, "args: got Tensor, NoneType, expected one or more"),
+        (Small(), [], TypeError, "args: got no tensors, expected one or more"),
+        (Small(), [torch.ones(2, 3)] * 3, TypeError, "args: got 3, expected at most 2: x, y"),
         (Pair(), [torch.ones(2, 3)], TypeError, r"module: got a result of [\s\S]*, expected one tensor"),
         (Conditional(), [torch.ones(6, 3)], ValueError, "x: got a graph that holds for .*, expected one for every"),
     ],

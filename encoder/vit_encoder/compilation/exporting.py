@@ -46,14 +46,14 @@ def export(module: nn.Module, args: Sequence[Tensor], folder: str | os.PathLike[
 
     Raises:
         FileExistsError: `folder` exists.
-        TypeError: a class that is not decorated, arguments that are no tensors, or a result that is no tensor.
+        TypeError: a class that is not decorated, too many arguments, or an argument or result that is no tensor.
         ValueError: the graph does not hold for every size, or calls custom ops of which no package has the name.
     """
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"folder: got {folder}, expected one that does not exist")
-    if not all(isinstance(x, Tensor) for x in args):
-        raise TypeError(f"args: got {', '.join(type(x).__name__ for x in args)}, expected tensors")
+    if not args or not all(isinstance(x, Tensor) for x in args):
+        raise TypeError(f"args: got {', '.join(type(x).__name__ for x in args) or 'no tensors'}, expected one or more")
     with fx_config.patch(backed_size_oblivious=True), workarounds():  # type: ignore[attr-defined]
         program = _traced(module, args)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def export(module: nn.Module, args: Sequence[Tensor], folder: str | os.PathLike[
             # Inside of it: a temporary folder itself is closed to other users.
             complete = scratch / folder.name
             complete.mkdir()
-            _write(complete, module, program)
+            _write(complete, module, program, args[0].device)
             complete.rename(folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -73,8 +73,10 @@ def _traced(module: nn.Module, args: Sequence[Tensor]) -> ExportedProgram:
     settings = getattr(type(module), "_compile_settings", None)
     if settings is None:
         raise TypeError(f"module: got {type(module).__name__}, expected a class decorated with support_torch_compile")
-    names = argument_names(type(module))[: len(args)]
-    dims = tuple(dict.fromkeys(settings.dims.get(name, ()), Dim.DYNAMIC) for name in names)
+    names = argument_names(type(module))
+    if len(args) > len(names):
+        raise TypeError(f"args: got {len(args)}, expected at most {len(names)}: {', '.join(names)}")
+    dims = tuple(dict.fromkeys(settings.dims.get(name, ()), Dim.DYNAMIC) for name in names[: len(args)])
     example = tuple(x.detach().contiguous() for x in args)
     program = torch.export.export(module, example, dynamic_shapes=dims, strict=False)
     if not program.call_spec.out_spec.is_leaf():
@@ -82,7 +84,7 @@ def _traced(module: nn.Module, args: Sequence[Tensor]) -> ExportedProgram:
     return program
 
 
-def _write(folder: Path, module: nn.Module, program: ExportedProgram) -> None:
+def _write(folder: Path, module: nn.Module, program: ExportedProgram, device: torch.device) -> None:
     packages = op_packages(program.graph_module)
     code = package_code(packages)
     if code is None:
@@ -103,7 +105,7 @@ def _write(folder: Path, module: nn.Module, program: ExportedProgram) -> None:
         "inputs": [_input(name, value) for name, value in _user_inputs(program)],
         "weights": {name: described(x) for name, x in sorted(weights.items())},
         "torch": torch.__version__,
-        "machine": machine(next(iter(weights.values())).device),
+        "machine": machine(device),
         "ops": {"packages": packages, "code": code},
         "graph_sha256": checksum(folder / GRAPH),
     }
