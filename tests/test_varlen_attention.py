@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -265,6 +266,37 @@ def test_splitting_a_batch_changes_nothing(form: str, data: st.DataObject) -> No
         cu_seqlens_k = None if case.cu_seqlens_k is None else case.cu_seqlens_k[part] - rows_k.start
         alone = Case(case.q[rows], case.k[rows_k], case.v[rows_k], case.cu_seqlens[part] - rows.start, cu_seqlens_k, ())
         assert_same_bits(attend(form, alone), together[rows])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "lengths_k", "calls"),
+    [
+        ([17] * 5, None, 1),
+        ([17, 17, 0, 17, 9, 9, 17], None, 3),
+        # Equal ones with something between them, in either, are no neighbours.
+        ([17, 17, 17], [9, 9, 8], 2),
+        ([17, 0, 17], [9, 4, 9], 2),
+        ([17, 5, 17], [9, 0, 9], 2),
+    ],
+)
+@given(dtype=dtypes(), kv_heads=st.integers(1, 2), seed=seeds())
+def test_equal_neighbours_are_one_call_of_sdpa_where_that_changes_no_bit(
+    lengths: list[int], lengths_k: list[int] | None, calls: int, dtype: torch.dtype, kv_heads: int, seed: int
+) -> None:
+    case = self_attention(lengths, 2, kv_heads, 24, dtype, seed)
+    if lengths_k is not None:
+        k, v = (seeded_tensor((sum(lengths_k), kv_heads, 24), dtype, seed + i) for i in (1, 2))
+        case = case._replace(k=k, v=v, cu_seqlens_k=boundaries(lengths_k))
+    sdpa = F.scaled_dot_product_attention
+    with mock.patch.object(F, "scaled_dot_product_attention", side_effect=sdpa) as called:
+        out = attend("eager", case)
+    alone = torch.zeros_like(out)
+    pairs = [(r, r_k) for r, r_k in zip(case.rows(), case.rows_k(), strict=True) if len(case.q[r]) and len(case.k[r_k])]
+    for rows, rows_k in pairs:
+        q, k, v = (x.transpose(0, 1)[None] for x in (case.q[rows], case.k[rows_k], case.v[rows_k]))
+        alone[rows] = sdpa(q, k, v, scale=24**-0.5, enable_gqa=kv_heads == 1)[0].transpose(0, 1)
+    assert_same_bits(out, alone)
+    assert called.call_count == (calls if dtype.itemsize >= 4 and kv_heads == 2 else len(pairs))
 
 
 grouped_heads = st.sampled_from([(2, 1), (4, 2), (6, 2), (3, 3)])

@@ -1,5 +1,6 @@
 """Attention within each of several packed sequences of different lengths."""
 
+import itertools
 import math
 from typing import Any, Literal, overload
 
@@ -105,18 +106,38 @@ def _needs_gradients(*inputs: Tensor) -> bool:
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float) -> Tensor:
-    """The PyTorch body: one SDPA call a sequence. It reads the boundaries on the host."""
+    """The PyTorch body: one SDPA call a run of sequences of equal lengths. It reads the boundaries on the host."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    for rows, rows_k in _sequences.rows(q, k, cu_seqlens, cu_seqlens_k):
-        out[rows] = _attend(q[rows], k[rows_k], v[rows_k], scale)
+    rows = _sequences.rows(q, k, cu_seqlens, cu_seqlens_k)
+    # Only there does SDPA compute each sequence of a batch as it would alone, bit by bit: it packs the operands of half
+    # precisions as their number makes worthwhile, and leaves grouped heads to products of whole batches.
+    together = q.dtype.itemsize >= 4 and q.shape[1] == k.shape[1]
+    for run, run_k, sequences in _runs(rows) if together else ((*pair, 1) for pair in rows):
+        out[run] = _attend(q[run], k[run_k], v[run_k], sequences, scale)
     return out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-    grouped = q.shape[0] != k.shape[0]
-    out = F.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale, enable_gqa=grouped)
-    return out[0].transpose(0, 1)
+def _runs(rows: list[tuple[slice, slice]]) -> list[tuple[slice, slice, int]]:
+    """Neighbours of equal lengths, joined, and how many they are."""
+
+    def key(place: int) -> tuple[int, ...]:
+        # Starts that are whole lengths apart have nothing between them.
+        return tuple(x for r in rows[place] for x in (r.stop - r.start, r.start - place * (r.stop - r.start)))
+
+    runs = []
+    for _, group in itertools.groupby(range(len(rows)), key):
+        first, *rest = group
+        last = rest[-1] if rest else first
+        (a, a_k), (b, b_k) = rows[first], rows[last]
+        runs.append((slice(a.start, b.stop), slice(a_k.start, b_k.stop), last - first + 1))
+    return runs
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, sequences: int, scale: float) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def eager_with_lse(
