@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.testing import CompileCounterWithBackend
 from vit_kernels import force_impl, layer_norm_pixel_shuffle
+from vit_kernels._triton import configurations
 from vit_kernels.reference import layer_norm_pixel_shuffle_reference, pixel_shuffle_reference
 from vit_kernels.testing import (
     NanPadded,
@@ -233,3 +234,22 @@ def test_the_error_names_the_argument(wrong: dict[str, Any], error: type[Excepti
         layer_norm_pixel_shuffle(**right)
         with pytest.raises(error, match=f"^{re.escape(message)}"):
             layer_norm_pixel_shuffle(**right | wrong)
+
+
+@pytest.mark.parametrize(
+    ("version", "dtype", "target", "options"),
+    [
+        ("3.6.0", torch.bfloat16, "sm_90", {"maxnreg": 96}),
+        ("3.6.0", torch.float32, "sm_90", {}),
+        ("3.6.0", torch.bfloat16, "gfx942", {}),
+        ("3.7.1", torch.bfloat16, "sm_90", {}),
+    ],
+)
+def test_the_register_limit_is_for_the_compiler_that_needs_it(
+    version: str, dtype: torch.dtype, target: str, options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert configurations.norm_options(dtype) == {}
+    monkeypatch.setattr("triton.__version__", version)
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    monkeypatch.setattr(configurations, "_current_target", lambda: target)
+    assert configurations.norm_options(dtype) == options

@@ -79,9 +79,13 @@ def split_head_dim(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
 
 def linear_candidates(dtype: torch.dtype, target: str) -> list[Configuration]:
     """As `candidates`, for linear_gelu, which has no heads."""
-    rows = (_LINEAR_FLOAT32 if dtype == torch.float32 else _LINEAR)["gfx9" if _family(target) == "gfx9" else "cuda"]
+    backend = "gfx9" if _family(target) == "gfx9" else "cuda"
+    rows = (_LINEAR_FLOAT32 if dtype == torch.float32 else _LINEAR)[backend]
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     shared: Configuration = {"GROUP_M": 8, "INPUT_PRECISION": _input_precision(dtype, target)}
+    if backend == "gfx9":
+        # Triton 3.6's compiler would take 272 registers where 205 do, too many for a second block of 4 waves.
+        shared["waves_per_eu"] = 2
     return [shared | dict(zip(names, row, strict=True)) for row in rows]
 
 
@@ -139,6 +143,14 @@ def default_linear(dtype: torch.dtype) -> Configuration:
     """The configuration of linear_gelu on the current device."""
     target = "interpreter" if triton.knobs.runtime.interpret else _current_target()
     return linear_candidates(dtype, target)[0]
+
+
+def norm_options(dtype: torch.dtype) -> Configuration:
+    """Options that layer_norm_pixel_shuffle is launched with on the current device."""
+    if not triton.__version__.startswith("3.6.") or dtype == torch.float32 or triton.knobs.runtime.interpret:
+        return {}
+    # That compiler takes up to 100 registers where 96 spill nothing and leave room for a fifth block.
+    return {"maxnreg": 96} if _current_target().startswith("sm") else {}
 
 
 def _current_target() -> str:

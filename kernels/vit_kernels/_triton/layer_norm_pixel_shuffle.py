@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vit_kernels._triton.configurations import norm_options
+
 
 @triton.jit
 def layer_norm_pixel_shuffle_kernel(
@@ -70,5 +72,6 @@ def launch(
             FACTOR=factor,
             BLOCK_WIDTH=block_width,
             BLOCK_CHANNELS=block_channels,
+            **norm_options(x.dtype),
         )
     return out
