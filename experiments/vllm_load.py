@@ -69,7 +69,7 @@ def image_files(folder: Path) -> list[Path]:
 def drive(
     server: Server, load: Load, *, model: Path, seed: int, folder: Path, name: str, variables: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Send a round of requests, after one that is not counted, and return what vLLM's benchmark says of them.
+    """Send a round of requests and return what vLLM's benchmark says of them.
 
     Args:
         server: answers already.
@@ -84,7 +84,7 @@ def drive(
     """
     arguments = [
         "bench", "serve", "--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--base-url", server.url,
-        "--model", str(model), "--num-prompts", str(load.prompts), "--seed", str(seed), "--num-warmups", "1",
+        "--model", str(model), "--num-prompts", str(load.prompts), "--seed", str(seed),
         "--ignore-eos", "--disable-tqdm", "--save-result", "--save-detailed", "--result-dir", str(folder),
         "--result-filename", f"{name}.json", *_dataset(load, model, folder),
     ]  # fmt: skip

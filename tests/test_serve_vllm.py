@@ -279,14 +279,16 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, drive: Any, *arguments:
 def test_variants_take_turns_and_each_round_starts_with_another(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    drive = mock.Mock(side_effect=lambda *args, **kwargs: measured(1.0))
+    drive = mock.Mock(side_effect=lambda *args, name, **kwargs: measured(9.0 if "warm" in name else 1.0))
     keys = ["off-compiled", "kernels-compiled", "encoder-compiled"]
     status, result = run(monkeypatch, tmp_path, drive, "--rounds", "2", "--variants", *keys)
     assert status == 0
     assert result["started"] == ["off", "kernels", "encoder", "kernels", "encoder", "off"]
-    seeds = [call.kwargs["seed"] for call in drive.call_args_list]
-    assert seeds == [0, 0, 0, 1, 1, 1]
-    assert [len(variant["rounds"]) for variant in result["variants"]] == [2, 2, 2]
+    # Each server answers the same prompts twice, and what it says the second time counts.
+    asked = [(call.kwargs["seed"], call.kwargs["name"]) for call in drive.call_args_list]
+    names = [f"{started}-compiled-{index // 3}" for index, started in enumerate(result["started"])]
+    assert asked == [(int(name[-1]), name + suffix) for name in names for suffix in ("-warm-up", "")]
+    assert [[of["request_throughput"] for of in variant["rounds"]] for variant in result["variants"]] == [[1, 1]] * 3
     assert "where it lies" not in json.dumps(result)
     assert "4 are needed to tell a difference" in " ".join(capsys.readouterr().out.split())
     assert (tmp_path / "serve_vllm-model.png").exists()
@@ -295,10 +297,12 @@ def test_variants_take_turns_and_each_round_starts_with_another(
 def test_what_fails_is_in_the_table_and_in_the_exit_status(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    drive = mock.Mock(side_effect=[measured(1.0, failed=3), ServerError("the server ended with status 9")])
+    drive = mock.Mock(
+        side_effect=[measured(1.0), measured(1.0, failed=3), ServerError("the server ended with status 9")]
+    )
     status, result = run(monkeypatch, tmp_path, drive, "--rounds", "1", "--variants", "off-eager", "kernels-eager")
     assert status == 1
     printed = " ".join(capsys.readouterr().out.split())
-    assert "vLLM alone, not compiled: round 1: 3 of 16 requests failed: lost" in printed
+    assert "vLLM alone, not compiled: round 1: 3 of 128 requests failed: lost" in printed
     assert "our kernels, not compiled: round 1: the server ended with status 9" in printed
     assert [len(variant["rounds"]) for variant in result["variants"]] == [1, 0]
