@@ -23,16 +23,19 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from experiments import roofline
 from experiments.environment import environment
 from experiments.kernel_table import POSITIONS, version_of
 
 if TYPE_CHECKING:
     from vit_kernels.testing.counts import OperationCounts
 
+HEADS = 16
+"""Of both encoders; FLOPs and bytes are those of one."""
 RESULTS = Path(__file__).parent / "results"
 PREFILL = "vllm.v1.attention.ops.triton_prefill_attention"
 NOTES = (
-    "bfloat16, one head: every head issues the same. Useful: 4 * length^2 * head_dim a sequence. Requested bytes, of "
+    "bfloat16. Useful: 4 * length^2 * head_dim a sequence. Requested bytes, of "
     "the counted kernels: those of every load and store over q, k, v and the output once; caches serve the rest.",
     "Counted kernels run with the blocks that they take on a GPU, ours with the default configuration, which is of "
     "64 x 64 on all five targets at these head_dims.",
@@ -40,6 +43,7 @@ NOTES = (
     "(csrc/flash_attn/src/flash_fwd_launch_template.h, run_mha_fwd_hdim96); flash-attn 3: 192 x 144 at 96 (hopper/"
     "tile_size.h, tile_size_fwd_sm90). transformers' sdpa calls PyTorch once a sequence, which takes "
     "flash-attn 2's kernel on NVIDIA. vLLM asks for flash-attn first there, then for its Triton kernel.",
+    f"Microseconds, {HEADS} heads: {roofline.ASSUMPTIONS}",
 )
 
 Lengths = tuple[int, ...]
@@ -170,21 +174,39 @@ def installed() -> list[Attention]:
 
 def row(workload: Workload, attention: Attention) -> dict[str, Any]:
     """The figures of one implementation on one workload."""
-    counts = [(times, attention.count(lengths, workload.head_dim)) for times, lengths in workload.layers]
-    issued = sum(times * count.dot_flops for times, count in counts)
+    counts = [attention.count(lengths, workload.head_dim) for _, lengths in workload.layers]
+    times = [times for times, _ in workload.layers]
+    issued = sum(n * count.dot_flops for n, count in zip(times, counts, strict=True))
+    requested = sum(n * (count.bytes_loaded + count.bytes_stored) for n, count in zip(times, counts, strict=True))
     counted = attention.how == "counted"
-    requested = sum(times * (count.bytes_loaded + count.bytes_stored) for times, count in counts)
     return {
         "workload": workload.name,
         "head_dim": workload.head_dim,
-        "sequences": sum(times * len(lengths) for times, lengths in workload.layers),
+        "sequences": sum(n * len(lengths) for n, lengths in workload.layers),
         "attention": attention.name,
         "package": f"{attention.package} {version_of(attention.package)}" if counted else attention.package,
         "how": attention.how,
-        "launches": sum(times * attention.launches(len(lengths)) for times, lengths in workload.layers),
+        "launches": sum(n * attention.launches(len(lengths)) for n, lengths in workload.layers),
         "flops_issued_over_useful": round(issued / workload.useful_flops, 4),
         "bytes_requested_over_compulsory": round(requested / workload.compulsory_bytes, 4) if counted else None,
+        "roofline_us": {name: _microseconds(gpu, workload, counts) for name, gpu in roofline.GPUS.items()},
     }
+
+
+def _microseconds(gpu: roofline.Gpu, workload: Workload, counts: list[OperationCounts]) -> list[float]:
+    """The model's least and most, of all heads, one kind of layer after the other."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for (times, lengths), count in zip(workload.layers, counts, strict=True):
+        alone = Workload(workload.name, workload.head_dim, ((1, lengths),))
+        seconds = roofline.interval(
+            gpu,
+            "bfloat16",
+            matrix_flops=HEADS * count.dot_flops,
+            exponentials=HEADS * count.exp2,
+            nbytes=HEADS * alone.compulsory_bytes,
+        )
+        total += times * torch.tensor(seconds, dtype=torch.float64)
+    return [float(f"{1e6 * seconds:.4g}") for seconds in total.tolist()]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -211,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
 def print_table(console: Console, rows: list[dict[str, Any]]) -> None:
     """Print the rows, and what the columns mean."""
     table = Table()
-    for column in ("workload", "head_dim", "sequences", "attention", "how", "launches", "FLOPs", "bytes"):
+    for column in ("workload", "head_dim", "sequences", "attention", "how", "launches", "FLOPs", "bytes", "H100, us"):
         table.add_column(column)
     for figures in rows:
         requested = figures["bytes_requested_over_compulsory"]
@@ -219,9 +241,10 @@ def print_table(console: Console, rows: list[dict[str, Any]]) -> None:
             *(str(figures[name]) for name in ("workload", "head_dim", "sequences", "attention", "how", "launches")),
             f"{figures['flops_issued_over_useful']:.3f}",
             "-" if requested is None else f"{requested:.2f}",
+            "{:g} to {:g}".format(*figures["roofline_us"]["H100"]),
         )
     console.print(table)
-    console.print("FLOPs: issued over useful; bytes: requested over compulsory.", *NOTES, sep="\n")
+    console.print("FLOPs: issued over useful; bytes: requested over compulsory; us: predicted.", *NOTES, sep="\n")
 
 
 if __name__ == "__main__":

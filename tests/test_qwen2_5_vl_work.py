@@ -45,6 +45,19 @@ def test_the_committed_table_is_what_the_code_computes() -> None:
     assert {row["attention"] for row in committed} == {attention.name for attention in attention_work.ATTENTIONS}
 
 
+def test_the_layers_times_add_up() -> None:
+    ours = attention_work.ATTENTIONS[0]
+    windows, whole, layers = (
+        attention_work.row(WORKLOADS[f"74 x 54 patches{kind}"], ours)["roofline_us"]
+        for kind in (" in windows", " whole", ", all layers")
+    )
+    for gpu, (least, most) in layers.items():
+        assert least == pytest.approx(28 * windows[gpu][0] + 4 * whole[gpu][0], rel=1e-3)
+        assert most == pytest.approx(28 * windows[gpu][1] + 4 * whole[gpu][1], rel=1e-3)
+        # What 16 heads of q, k, v and the output take at the data sheet's bandwidth.
+        assert windows[gpu][0] >= 1e6 * 16 * 74 * 54 * 80 * 8 / attention_work.roofline.GPUS[gpu].bandwidth * 0.999
+
+
 def test_a_model_takes_whole_tiles_of_each_sequence() -> None:
     counts = attention_work.tiles(128, 64, 96)((129, 64), 80)
     assert counts.exp2 == 256 * 192 + 128 * 64
