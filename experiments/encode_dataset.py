@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,7 +27,8 @@ from vit_encoder import Llama4VisionConfig
 from experiments.dataset_encoder import EncoderSettings
 from experiments.dataset_engines import ENGINES, Job
 from experiments.dataset_images import references
-from experiments.dataset_parts import difference, read_embeddings, sources_done
+from experiments.dataset_parts import Embedding, difference, read_embeddings, sources_done
+from experiments.environment import environment
 
 # Other batches are other sums: the rounding of float32, with a margin for the depth of the encoder.
 ALLOWED = 1e-4
@@ -39,6 +43,7 @@ EXAMPLES = """examples:
   %(prog)s --images 'shards/*.parquet' --out embeddings --checkpoint … --engine ray --actors 8 --device cuda
   %(prog)s --images '*.png' --out /tmp/embeddings --config tiny --engine ray --compare
       also encodes them with the plain loop, and says how far the two differ and how fast each is
+  %(prog)s --images '*.png' --out /tmp/embeddings --engine ray --compare --record experiments/results/local/ray.json
 
 exit status:
   0  every image has a row, and no row has an error
@@ -76,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     progress = _run(options.engine, job)
     console.print(_told(options.engine, job, progress))
-    equal = not options.compare or _compared(console, job)
+    equal = not options.compare or _compared(console, options, job, progress)
     return 0 if progress.errors == 0 and equal else 1
 
 
@@ -119,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="compile the encoder as one graph")
     parser.add_argument("--compare", action="store_true", help="compare with the plain loop")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="of --compare, as JSON; where embeddings are equal")
     return parser
 
 
@@ -158,15 +164,43 @@ def _told(engine: str, job: Job, progress: Progress) -> str:
     )
 
 
-def _compared(console: Console, job: Job) -> bool:
+def _compared(console: Console, options: argparse.Namespace, job: Job, progress: Progress) -> bool:
     """Encode the same images with the plain loop too; whether both gave the same."""
     with tempfile.TemporaryDirectory() as folder:
         beside = replace(job, out=Path(folder))
-        console.print(_told("plain", beside, _run("plain", beside)))
+        plain = _run("plain", beside)
+        console.print(_told("plain", beside, plain))
         expected, found = read_embeddings(beside.out), read_embeddings(job.out)
     worst = max(difference(found[source], embedding) for source, embedding in expected.items())
     console.print(f"largest relative RMS difference of an image's features: {worst:.1e} (allowed: {ALLOWED:.1e})")
+    if worst <= ALLOWED and options.record is not None:
+        report = _report(options, job, list(expected.values()), {options.engine: progress, "plain loop": plain})
+        options.record.write_text(json.dumps(report | {"largest_difference": worst}, indent=1) + "\n", encoding="utf-8")
+        console.print(f"wrote {options.record}")
     return worst <= ALLOWED
+
+
+def _report(
+    options: argparse.Namespace, job: Job, embeddings: Sequence[Embedding], runs: dict[str, Progress]
+) -> dict[str, Any]:
+    canvases = [embedding.high * embedding.wide for embedding in embeddings]
+    return {
+        "environment": environment(),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "images": len(embeddings),
+        # A canvas of more than one tile has a global one too.
+        "tiles": sum(tiles + (tiles > 1) for tiles in canvases),
+        "weights": options.checkpoint.name if options.checkpoint else f"random, {options.config}",
+        "settings": {
+            name: getattr(options, name)
+            for name in ("actors", "max_tiles", "tile_budget", "part_images", "device", "dtype", "compile")
+        },
+        "engines": {
+            name: {"seconds": run.seconds[-1], "images_per_second": run.rate(job.part_images), "errors": run.errors}
+            for name, run in runs.items()
+        },
+        "allowed_difference": ALLOWED,
+    }
 
 
 if __name__ == "__main__":

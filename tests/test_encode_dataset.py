@@ -5,6 +5,7 @@ What writes parquet needs pyarrow, and the rest Ray: ./scripts/test_vllm.sh has 
 
 import importlib.util
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,27 @@ def test_the_same_rows_make_the_same_file(tmp_path: Path) -> None:
     assert write_part(tmp_path, rows) == write_part(tmp_path, rows)
     assert len(list(tmp_path.iterdir())) == 1
     assert sources_done(tmp_path) == {"a", "b"}
+
+
+@needs_pyarrow
+def test_a_comparison_is_recorded_where_the_embeddings_are_equal(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "record.json"
+    run(images, tmp_path / "out", "--compare", "--record", str(record))
+    report = json.loads(record.read_text())
+    assert (report["images"], report["tiles"]) == (6, 1 + 4 + 5 + 5 + 4)
+    assert report["engines"].keys() == {"plain", "plain loop"}
+    for engine in report["engines"].values():
+        assert engine["images_per_second"] > 0
+        assert engine["errors"] == 1
+    assert report["largest_difference"] <= report["allowed_difference"]
+    assert report["settings"]["part_images"] == 2
+    assert str(tmp_path) not in record.read_text()
+    record.unlink()
+    monkeypatch.setattr(encode_dataset, "difference", lambda actual, expected: 1.0)
+    assert run(images, tmp_path / "other", "--compare", "--record", str(record)) == 1
+    assert not record.exists()
 
 
 # Ray Data's own settings touch each other's deprecated names.
