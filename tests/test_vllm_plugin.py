@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import sys
 import tomllib
 from pathlib import Path
@@ -36,7 +37,7 @@ class FakeVllm:
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing was said yet, and no variable chooses."""
-    plugin._say.cache_clear()
+    monkeypatch.setenv(plugin.SAID, "")
     monkeypatch.delenv(plugin.VARIABLE, raising=False)
 
 
@@ -59,8 +60,28 @@ def test_off_changes_nothing_and_one_line_says_how_to_turn_it_on(
     assert "VIT_KERNELS_VLLM=kernels or VIT_KERNELS_VLLM=encoder turns it on" in message
 
 
+@pytest.mark.parametrize(("level", "told"), [(None, 1), ("debug", 1), ("WARNING", 0)])
+def test_the_line_is_seen_before_vllm_sets_up_its_log_and_in_no_process_that_is_started(
+    vllm: FakeVllm, level: str | None, told: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger("vllm.plugins.vit_kernels")
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    if level is not None:
+        monkeypatch.setenv("VLLM_LOGGING_LEVEL", level)
+    register()
+    assert capfd.readouterr().err.count("VIT_KERNELS_VLLM=encoder turns it on") == told
+    environ = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"}
+    monkeypatch.setattr(os, "environ", environ)
+    register()
+    assert capfd.readouterr().err == ""
+    environ[plugin.VARIABLE] = "kernels"
+    register()
+    assert "INFO VIT_KERNELS_VLLM=kernels: the vision part of" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("mode", ["kernels", "encoder"])
-def test_a_mode_registers_its_model_once_however_often_it_is_called(
+def test_a_mode_registers_its_models_once_however_often_it_is_called(
     vllm: FakeVllm, mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(plugin.VARIABLE, mode)
@@ -68,8 +89,10 @@ def test_a_mode_registers_its_model_once_however_often_it_is_called(
         register()
         registered = dict(vllm.models)
         register()
-    architecture = "Llama4ForConditionalGeneration"
-    assert vllm.models == registered == {architecture: f"vit_encoder.integrations.vllm.{mode}:{architecture}"}
+    names = {"kernels": ["Llama4", "Qwen2_5_VL"], "encoder": ["Llama4"]}[mode]
+    expected = {f"{name}ForConditionalGeneration" for name in names}
+    assert vllm.models == {name: f"vit_encoder.integrations.vllm.{mode}:{name}" for name in expected}
+    assert vllm.models == registered
     assert len(caplog.messages) == 1
 
 

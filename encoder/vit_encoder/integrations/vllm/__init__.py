@@ -1,4 +1,4 @@
-"""A vLLM plugin: Llama 4's vision part with our kernels, or with our encoder.
+"""A vLLM plugin: the vision part of Llama 4 and Qwen2.5-VL with our kernels, or Llama 4's with our encoder.
 
 Importing this imports no vLLM; `register`, the entry point of the group `vllm.general_plugins`, does.
 """

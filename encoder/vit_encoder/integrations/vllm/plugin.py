@@ -6,21 +6,28 @@ import functools
 import hashlib
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 VARIABLE = "VIT_KERNELS_VLLM"
 MODES = ("off", "kernels", "encoder")
+# What was said last: the processes that this one starts inherit it, and do not repeat it.
+SAID = "VIT_KERNELS_VLLM_SAID"
 SUPPORTED_VERSIONS = ((0, 32),)
-ARCHITECTURE = "Llama4ForConditionalGeneration"
+ARCHITECTURES = {
+    "kernels": ("Llama4ForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
+    "encoder": ("Llama4ForConditionalGeneration",),
+}
 
 
 def register() -> None:
-    """Swap Llama 4's vision part as the environment variable VIT_KERNELS_VLLM says; once more changes nothing.
+    """Swap the vision part of models as the environment variable VIT_KERNELS_VLLM says; once more changes nothing.
 
     `off`, the default, leaves vLLM as it is. `kernels` swaps attention, rotary embedding and pixel shuffle inside
-    vLLM's own encoder. `encoder` swaps in our encoder, on vLLM's parallel layers and under its compile decorator.
-    Nothing of vLLM is imported but its registry until a Llama 4 is loaded, and other models stay as they are. A version
-    of vLLM outside SUPPORTED_VERSIONS is left as it is, with a warning.
+    vLLM's own encoder of Llama 4, and attention inside that of Qwen2.5-VL. `encoder` swaps in our encoder for Llama
+    4's, on vLLM's parallel layers and under its compile decorator. Nothing of vLLM is imported but its registry until
+    such a model is loaded, and other models stay as they are. A version of vLLM outside SUPPORTED_VERSIONS is left as
+    it is, with a warning.
 
     Raises:
         ValueError: VIT_KERNELS_VLLM is none of these.
@@ -38,17 +45,26 @@ def register() -> None:
         known = ", ".join(".".join(map(str, version)) for version in SUPPORTED_VERSIONS)
         _say("warning", f"{VARIABLE}={mode} is ignored: got vLLM {__version__}, expected {known}; vLLM runs unchanged")
         return
-    ModelRegistry.register_model(ARCHITECTURE, f"vit_encoder.integrations.vllm.{mode}:{ARCHITECTURE}")
+    for architecture in ARCHITECTURES[mode]:
+        ModelRegistry.register_model(architecture, f"vit_encoder.integrations.vllm.{mode}:{architecture}")
     # vLLM hashes these into the keys of its compile caches, which see no swapped op, and hands them to Ray's workers.
     envs.environment_variables[VARIABLE] = lambda: f"{mode}-{_sources_hash()}"
-    _say("info", f"{VARIABLE}={mode}: the vision part of {ARCHITECTURE} comes from vit_kernels")
+    _say("info", f"{VARIABLE}={mode}: the vision part of {', '.join(ARCHITECTURES[mode])} comes from vit_kernels")
 
 
-@functools.cache
 def _say(level: str, text: str) -> None:
+    """One line in the log of the first process that gets here."""
+    if os.environ.get(SAID) == text:
+        return
+    os.environ[SAID] = text
     from vllm.logger import init_logger
 
-    getattr(init_logger("vllm.plugins.vit_kernels"), level)("%s", text)
+    logger = init_logger("vllm.plugins.vit_kernels")
+    if logger.hasHandlers():
+        getattr(logger, level)("%s", text)
+    # vLLM's front end loads its plugins before it sets up its log, and an INFO line is lost there.
+    elif level != "info" or os.environ.get("VLLM_LOGGING_LEVEL", "INFO").upper() in ("DEBUG", "INFO"):
+        print(f"{level.upper()} {text}", file=sys.stderr)
 
 
 @functools.cache
