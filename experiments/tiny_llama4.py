@@ -6,6 +6,7 @@ means nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ OTHER_TOKENS = (
 
 
 def make_tiny_llama4(folder: Path, *, image_size: int = IMAGE_SIZE, seed: int = 0) -> None:
-    """Write a float32 checkpoint that transformers and vLLM load: 2 vision layers, 4 text layers, half of them MoE.
+    """Write a float32 checkpoint that transformers and vLLM load: 2 vision layers, 2 text layers, one of them MoE.
 
     Args:
         folder: made if it does not exist; files of an earlier checkpoint in it are written over.
@@ -34,9 +35,10 @@ def make_tiny_llama4(folder: Path, *, image_size: int = IMAGE_SIZE, seed: int = 
     allow_torchvision_beside_cpu_torch()
     from transformers import Llama4ForConditionalGeneration, Llama4ImageProcessor, Llama4Processor
 
-    tokenizer = _tokenizer()
+    others = [IMAGE_START, IMAGE_END, IMAGE, PATCH, *OTHER_TOKENS]
+    tokenizer = byte_tokenizer(begin=BEGIN, end=END, pad=PAD, others=others)
     model = Llama4ForConditionalGeneration(_config(tokenizer, image_size))
-    _initialise(model, seed)
+    initialise(model, seed)
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(END)
     model.save_pretrained(folder)
     images = Llama4ImageProcessor(size={"height": image_size, "width": image_size}, max_patches=MAX_TILES)
@@ -58,8 +60,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def _tokenizer() -> Any:
-    """One token a byte, and Llama 4's special tokens."""
+def byte_tokenizer(*, begin: str, end: str, pad: str, others: Sequence[str]) -> Any:
+    """One token a byte, and a model's special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -68,9 +70,9 @@ def _tokenizer() -> Any:
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_only.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_only, bos_token=BEGIN, eos_token=END, pad_token=PAD, model_max_length=4096
+        tokenizer_object=bytes_only, bos_token=begin, eos_token=end, pad_token=pad, model_max_length=4096
     )
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_START, IMAGE_END, IMAGE, PATCH, *OTHER_TOKENS]})
+    tokenizer.add_special_tokens({"additional_special_tokens": list(others)})
     return tokenizer
 
 
@@ -86,7 +88,7 @@ def _config(tokenizer: Any, image_size: int) -> Any:
     )  # fmt: skip
     text = Llama4TextConfig(
         vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=128, intermediate_size=128, intermediate_size_mlp=256,
-        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_local_experts=4,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_local_experts=4,
         num_experts_per_tok=1, interleave_moe_layer_step=2, max_position_embeddings=4096, attention_chunk_size=1024,
         rope_parameters=rope, bos_token_id=ids[BEGIN], eos_token_id=ids[END], pad_token_id=ids[PAD],
     )  # fmt: skip
@@ -97,14 +99,15 @@ def _config(tokenizer: Any, image_size: int) -> Any:
 
 
 @torch.no_grad()
-def _initialise(model: torch.nn.Module, seed: int) -> None:
+def initialise(model: torch.nn.Module, seed: int) -> None:
     """Weights with which images change the text: attention that is far from flat."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.normal_(float("norm" in name and name.endswith("weight")), 0.1, generator=generator)
             continue
-        gain = 3.0 if "vision" in name and ("q_proj" in name or "k_proj" in name) else 1.0
-        # Experts' weights are [experts, in, out]; all others [out, in].
-        fan_in = parameter.shape[1] if parameter.dim() == 3 else parameter.shape[-1]
+        vision = "vision" in name or "visual" in name
+        gain = 3.0 if vision and any(part in name for part in ("q_proj", "k_proj", "qkv")) else 1.0
+        # Experts' weights are [experts, in, out]; all others [out, in], a convolution's in several dimensions.
+        fan_in = parameter.shape[1] if parameter.dim() == 3 else parameter[0].numel()
         parameter.normal_(0, gain * fan_in**-0.5, generator=generator)

@@ -17,8 +17,8 @@ usage() {
   cat <<USAGE
 Usage: ./scripts/test_vllm.sh [--set-up-only] [pytest arguments]
 
-Runs the tests of the vLLM plugin on a tiny random Llama 4 in the real engine, $VLLM, and those of the batch encoder
-with $RAY. Their virtual environment is .venv-vllm, made at the first call (about 4 minutes, 4 GB). No GPU is
+Runs the tests of the vLLM plugin on a tiny random Llama 4 and Qwen2.5-VL in the real engine, $VLLM, and
+those of the batch encoder with $RAY. Their virtual environment is .venv-vllm, made at the first call (about 4 minutes, 4 GB). No GPU is
 needed. About 8 minutes on 2 cores.
 
   --set-up-only  only make the environment, for the experiments serve_vllm, offline_vllm and encode_dataset
@@ -83,5 +83,6 @@ ensure_environment
 
 cd "$PROJECT_ROOT"
 export HYPOTHESIS_PROFILE="${HYPOTHESIS_PROFILE:-ci}"
-[ "$#" -gt 0 ] || set -- tests/test_vllm_engine.py tests/test_vllm_plugin.py tests/test_encode_dataset.py
+[ "$#" -gt 0 ] || set -- tests/test_vllm_engine.py tests/test_vllm_qwen2_5_vl.py tests/test_vllm_workers.py \
+  tests/test_vllm_layers.py tests/test_vllm_plugin.py tests/test_encode_dataset.py
 exec "$VENV_PYTHON" -m pytest -p no:cacheprovider "$@"

