@@ -337,3 +337,18 @@ def test_the_timer_of_a_cpu_is_the_median_call(monkeypatch: pytest.MonkeyPatch) 
     now = iter([0.0, 5.0, 10.0, 11.0, 20.0, 22.0])
     monkeypatch.setattr("experiments.microbenchmarks.timing.time.perf_counter", lambda: next(now))
     assert timer_for(torch.device("cpu"))(lambda: None) == 2.0
+
+
+@pytest.mark.parametrize(("target", "dropped"), [("sm_100", {(128, 64, 8, 3)}), ("sm_90", set())])
+def test_what_one_compiler_spills_is_not_kept_for_it(
+    target: str, dropped: set[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept(version: str) -> set[tuple[int, ...]]:
+        monkeypatch.setattr("triton.__version__", version)
+        names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+        found = candidates("varlen_attention", 88, torch.bfloat16, target)
+        return {tuple(configuration[name] for name in names) for configuration in found}
+
+    assert kept("3.7.1") - kept("3.9.0") == dropped
+    assert kept("3.9.0") <= kept("3.7.1")
+    assert len(kept("3.9.0")) >= 3
