@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -238,7 +239,7 @@ def test_the_rates_are_of_the_medians_and_of_the_ceilings_in_the_same_rounds(mon
     assert (info["fraction of copy"], info["fraction of matmul"]) == (1.0, 0.5)
     assert info["device"]
     assert info["date"]
-    assert info["versions"]["torch"] == torch.__version__
+    assert info["versions"]["torch"] == metadata.version("torch")
 
 
 @pytest.mark.parametrize("peer", PEERS)
@@ -289,7 +290,7 @@ def test_the_folder_runs_with_benchmarks_on_and_its_results_name_no_machine(tmp_
         assert {(entry["extra_info"]["case"], entry["extra_info"]["contender"]) for entry in benchmarks} == timed
         assert "needs a GPU: interpreted kernels are never timed" in done.stdout
     assert all(entry["stats"]["rounds"] == comparison.ROUNDS for entry in benchmarks)
-    assert json.loads(text)["machine_info"]["packages"]["torch"] == torch.__version__
+    assert json.loads(text)["machine_info"]["packages"]["torch"] == metadata.version("torch")
 
 
 def test_interpreted_kernels_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 
 from experiments.environment import _variables, environment
@@ -305,7 +305,7 @@ def test_the_report_hides_paths_and_names_and_shows_what_steers_a_measurement() 
 def test_the_report_is_ready_for_json() -> None:
     report = environment()
     assert json.loads(json.dumps(report)) == report
-    assert report["packages"]["torch"] == torch.__version__
+    assert report["packages"]["torch"] == metadata.version("torch")
 
 
 def test_the_report_names_the_commit_and_whether_files_differ_from_it(
