@@ -18,7 +18,18 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("vit-kernels", "torch", "triton", "transformers", "torchvision", "flash-attn", "vllm", "ray", "numpy", "pillow")
+_PACKAGES = (
+    "vit-kernels",
+    "torch",
+    "triton",
+    "transformers",
+    "torchvision",
+    "flash-attn",
+    "vllm",
+    "ray",
+    "numpy",
+    "pillow",
+)
 _VARIABLES = re.compile(r"(TRITON|TORCH[A-Z]*|PYTORCH|VIT|OMP|KMP|MKL|OPENBLAS|CUDA|HIP|ROCR)_")
 _ROOT = Path(__file__).resolve().parents[1]
 
