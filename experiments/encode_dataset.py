@@ -73,6 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     try:
         _check_installed(options.engine)
+        _check_record(options)
         job, known = _job(options)
     except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
@@ -83,6 +84,14 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(_told(options.engine, job, progress))
     equal = not options.compare or _compared(console, options, job, progress)
     return 0 if progress.errors == 0 and equal else 1
+
+
+def _check_record(options: argparse.Namespace) -> None:
+    """Refuse before the job what would be lost after it."""
+    if options.record is not None and not options.compare:
+        raise ValueError("--record: got a file without --compare, expected both: a comparison is what it records")
+    if options.record is not None and not options.record.parent.is_dir():
+        raise FileNotFoundError(f"--record: got {options.record}, expected a file in a folder that exists")
 
 
 def _check_installed(engine: str) -> None:

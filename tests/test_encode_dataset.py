@@ -95,6 +95,8 @@ def test_a_difference_in_anything_is_seen() -> None:
         (["--images", "nothing/*"], "--images: got 'nothing/*'"),
         (["--device", "abacus"], "--device: got 'abacus'"),
         (["--actors", "0"], "got '0', expected a positive integer"),
+        (["--record", "it.json"], "--record: got a file without --compare"),
+        (["--compare", "--record", "no/folder/it.json"], "--record: got no/folder/it.json, expected a file in a"),
     ],
 )
 def test_bad_arguments_are_named(
