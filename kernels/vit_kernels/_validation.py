@@ -95,10 +95,10 @@ def separate(written: Mapping[int, str], *args: Any) -> list[Any]:
         _check_no_overlap_within(name, args[i])
         first, end = _addresses(args[i])
         for j, other in enumerate(args):
-            if j == i or not isinstance(other, torch.Tensor):
+            if j == i or not isinstance(other, torch.Tensor) or other.data_ptr() >= end:
                 continue
-            other_first, other_end = _addresses(other)
-            if first < other_end and other_first < end:
+            _, other_end = _addresses(other)
+            if first < other_end:
                 if j in written:
                     raise ValueError(f"{name}: shares memory with {written[j]}, expected a tensor of its own")
                 result[j] = other.clone(memory_format=torch.contiguous_format)
