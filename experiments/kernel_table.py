@@ -148,7 +148,7 @@ def _gradients(problem: Problem, configuration: Any) -> Arguments:
     out, lengths = problem.tensor(problem.tokens, problem.heads, problem.head_dim), problem.cu_seqlens()
     lse = problem.tensor(problem.heads, problem.tokens, dtype="float32")
     tensors = (out, None, *problem.qkv(), out, lse, lengths, lengths)
-    # The other of the two kernels is silenced.
+    # The other kernels are silenced.
     return (*tensors, problem.head_dim**-0.5), {"configurations": configuration and (configuration, configuration)}
 
 
@@ -197,8 +197,8 @@ def _shuffle_bytes(problem: Problem) -> int:
     return 2 * problem.tensor_bytes * (POSITIONS - 1) // POSITIONS
 
 
-def _lse_bytes(problem: Problem) -> int:
-    return problem.tokens * problem.heads * 4
+def _row_bytes(problem: Problem) -> int:
+    return problem.tokens * problem.heads * 4 * (3 if problem.dtype == "float32" else 2)
 
 
 OURS = (
@@ -216,11 +216,11 @@ OURS = (
         name="varlen_attention grad_q",
         launcher="vit_kernels._triton.varlen_attention_backward:launch",
         arguments=_gradients,
-        # q, k, v, out, its gradient and q's; the log-sum-exp and delta.
-        compulsory_bytes=lambda problem: 6 * problem.tensor_bytes + 2 * _lse_bytes(problem),
+        # q, k, v, out, its gradient and q's; the log-sum-exp (two numbers in float32) and delta.
+        compulsory_bytes=lambda problem: 6 * problem.tensor_bytes + _row_bytes(problem),
         useful_flops=_attention_flops(3),
         configurations=_tuned("grad_q"),
-        silenced=("grad_kv_kernel",),
+        silenced=("exact_lse_kernel", "grad_kv_kernel"),
         rows="BLOCK_N",
         heads=1,
     ),
@@ -228,11 +228,11 @@ OURS = (
         name="varlen_attention grad_kv",
         launcher="vit_kernels._triton.varlen_attention_backward:launch",
         arguments=_gradients,
-        # q, k, v, the gradients of out, k and v; the log-sum-exp and delta.
-        compulsory_bytes=lambda problem: 6 * problem.tensor_bytes + 2 * _lse_bytes(problem),
+        # q, k, v, the gradients of out, k and v; the log-sum-exp (two numbers in float32) and delta.
+        compulsory_bytes=lambda problem: 6 * problem.tensor_bytes + _row_bytes(problem),
         useful_flops=_attention_flops(4),
         configurations=_tuned("grad_kv"),
-        silenced=("grad_q_kernel",),
+        silenced=("exact_lse_kernel", "grad_q_kernel"),
         rows="BLOCK_M",
         heads=1,
     ),
