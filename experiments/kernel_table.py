@@ -197,8 +197,8 @@ def _shuffle_bytes(problem: Problem) -> int:
     return 2 * problem.tensor_bytes * (POSITIONS - 1) // POSITIONS
 
 
-def _row_bytes(problem: Problem) -> int:
-    return problem.tokens * problem.heads * 4 * (3 if problem.dtype == "float32" else 2)
+def _lse_bytes(problem: Problem) -> int:
+    return problem.tokens * problem.heads * 4
 
 
 OURS = (
@@ -216,8 +216,8 @@ OURS = (
         name="varlen_attention grad_q",
         launcher="vit_kernels._triton.varlen_attention_backward:launch",
         arguments=_gradients,
-        # q, k, v, out, its gradient and q's; the log-sum-exp (two numbers in float32) and delta.
-        compulsory_bytes=lambda problem: 6 * problem.tensor_bytes + _row_bytes(problem),
+        # q, k, v, out, its gradient and q's; the log-sum-exp and delta.
+        compulsory_bytes=lambda problem: 6 * problem.tensor_bytes + 2 * _lse_bytes(problem),
         useful_flops=_attention_flops(3),
         configurations=_tuned("grad_q"),
         silenced=("exact_lse_kernel", "grad_kv_kernel"),
@@ -228,8 +228,8 @@ OURS = (
         name="varlen_attention grad_kv",
         launcher="vit_kernels._triton.varlen_attention_backward:launch",
         arguments=_gradients,
-        # q, k, v, the gradients of out, k and v; the log-sum-exp (two numbers in float32) and delta.
-        compulsory_bytes=lambda problem: 6 * problem.tensor_bytes + _row_bytes(problem),
+        # q, k, v, the gradients of out, k and v; the log-sum-exp and delta.
+        compulsory_bytes=lambda problem: 6 * problem.tensor_bytes + 2 * _lse_bytes(problem),
         useful_flops=_attention_flops(4),
         configurations=_tuned("grad_kv"),
         silenced=("exact_lse_kernel", "grad_q_kernel"),

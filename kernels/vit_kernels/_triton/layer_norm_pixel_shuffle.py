@@ -43,7 +43,7 @@ def layer_norm_pixel_shuffle_kernel(
 
     token = ((h // FACTOR) * (width // FACTOR) + w // FACTOR).to(tl.int64)[:, None]
     channel = ((h % FACTOR * FACTOR + w % FACTOR) * CHANNELS)[:, None]
-    target = out_ptr + tile * height * width * CHANNELS + token * OUT_CHANNELS + channel + c
+    target = out_ptr + tile * (height * width) * CHANNELS + token * OUT_CHANNELS + channel + c
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 

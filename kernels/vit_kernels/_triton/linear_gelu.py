@@ -9,7 +9,7 @@ from vit_kernels._triton.configurations import Configuration, default_linear
 SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
 
 
-@triton.jit(do_not_specialize=("tokens",))
+@triton.jit
 def linear_gelu_kernel(
     x_ptr,
     weight_ptr,

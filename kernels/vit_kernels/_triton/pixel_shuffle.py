@@ -34,7 +34,7 @@ def pixel_shuffle_kernel(
     token = ((h // FACTOR) * (width // FACTOR) + w // FACTOR).to(tl.int64)[:, None]
     channel = ((h % FACTOR * FACTOR + w % FACTOR) * CHANNELS)[:, None]
     source_ptr += tile * stride_tile
-    target_ptr += tile * height * width * CHANNELS
+    target_ptr += tile * (height * width) * CHANNELS
     if INVERSE:
         values = tl.load(source_ptr + token * stride_token + channel + c, mask=mask)
         tl.store(target_ptr + cell * CHANNELS + c, values, mask=mask)

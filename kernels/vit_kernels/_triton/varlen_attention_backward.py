@@ -35,37 +35,6 @@ def _store(rows, x, in_sequence, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_
 
 
 @triton.jit
-def _scores_of_keys(
-    q_0,
-    q_1,
-    k_ptr,
-    stride_k,
-    first_key,
-    keys,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D0: tl.constexpr,
-    BLOCK_D1: tl.constexpr,
-    MASK_KEYS: tl.constexpr,
-    INT64_OFFSETS: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    """Products of the queries with BLOCK_N keys from first_key on, and the two blocks of columns of those keys."""
-    n = first_key + tl.arange(0, BLOCK_N)
-    in_sequence = (n < keys)[:, None]
-    if INT64_OFFSETS:
-        n = n.to(tl.int64)
-    k_rows = k_ptr + n[:, None] * stride_k
-    k_0 = _load(k_rows, in_sequence, 0, BLOCK_D0, HEAD_DIM, MASK_KEYS)
-    k_1 = k_0
-    scores = tl.dot(q_0, tl.trans(k_0), input_precision=INPUT_PRECISION)
-    if BLOCK_D1 > 0:
-        k_1 = _load(k_rows, in_sequence, BLOCK_D0, BLOCK_D1, HEAD_DIM, MASK_KEYS)
-        scores = tl.dot(q_1, tl.trans(k_1), scores, input_precision=INPUT_PRECISION)
-    return scores, k_0, k_1
-
-
-@triton.jit
 def _split_lse(
     q_0,
     q_1,
@@ -85,11 +54,17 @@ def _split_lse(
     row_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     for first_key in range(0, keys, BLOCK_N):
-        scores, _, _ = _scores_of_keys(
-            q_0, q_1, k_ptr, stride_k, first_key, keys,
-            HEAD_DIM, BLOCK_N, BLOCK_D0, BLOCK_D1, True, INT64_OFFSETS, INPUT_PRECISION,
-        )  # fmt: skip
-        scores = tl.where((first_key + tl.arange(0, BLOCK_N) < keys)[None, :], scores, float("-inf"))
+        n = first_key + tl.arange(0, BLOCK_N)
+        in_sequence = n < keys
+        if INT64_OFFSETS:
+            n = n.to(tl.int64)
+        k_rows = k_ptr + n[:, None] * stride_k
+        k_0 = _load(k_rows, in_sequence[:, None], 0, BLOCK_D0, HEAD_DIM, True)
+        scores = tl.dot(q_0, tl.trans(k_0), input_precision=INPUT_PRECISION)
+        if BLOCK_D1 > 0:
+            k_1 = _load(k_rows, in_sequence[:, None], BLOCK_D0, BLOCK_D1, HEAD_DIM, True)
+            scores = tl.dot(q_1, tl.trans(k_1), scores, input_precision=INPUT_PRECISION)
+        scores = tl.where(in_sequence[None, :], scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
         row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(tl.exp2(scores * scale_log2 - new_max[:, None]), 1)
         row_max = new_max
@@ -202,19 +177,20 @@ def _grad_q_of_keys(
     INPUT_PRECISION: tl.constexpr,
 ):
     """Add to q's gradient what BLOCK_N keys from first_key on contribute."""
-    scores, k_0, k_1 = _scores_of_keys(
-        q_0, q_1, k_ptr, stride_k, first_key, keys,
-        HEAD_DIM, BLOCK_N, BLOCK_D0, BLOCK_D1, MASK_KEYS, INT64_OFFSETS, INPUT_PRECISION,
-    )  # fmt: skip
     n = first_key + tl.arange(0, BLOCK_N)
     in_sequence = n < keys
     if INT64_OFFSETS:
         n = n.to(tl.int64)
+    k_rows = k_ptr + n[:, None] * stride_k
     v_rows = v_ptr + n[:, None] * stride_v
+    k_0 = _load(k_rows, in_sequence[:, None], 0, BLOCK_D0, HEAD_DIM, MASK_KEYS)
     v_0 = _load(v_rows, in_sequence[:, None], 0, BLOCK_D0, HEAD_DIM, MASK_KEYS)
+    scores = tl.dot(q_0, tl.trans(k_0), input_precision=INPUT_PRECISION)
     grad_p = tl.dot(grad_0, tl.trans(v_0), input_precision=INPUT_PRECISION)
     if BLOCK_D1 > 0:
+        k_1 = _load(k_rows, in_sequence[:, None], BLOCK_D0, BLOCK_D1, HEAD_DIM, MASK_KEYS)
         v_1 = _load(v_rows, in_sequence[:, None], BLOCK_D0, BLOCK_D1, HEAD_DIM, MASK_KEYS)
+        scores = tl.dot(q_1, tl.trans(k_1), scores, input_precision=INPUT_PRECISION)
         grad_p = tl.dot(grad_1, tl.trans(v_1), grad_p, input_precision=INPUT_PRECISION)
     grad_scores = tl.exp2(scores * scale_log2 - shift[:, None]) * (grad_p - delta[:, None])
     if MASK_KEYS:
@@ -239,7 +215,6 @@ def grad_q_kernel(
     v_ptr,
     out_ptr,
     shift_ptr,
-    factor_ptr,
     grad_q_ptr,
     delta_ptr,
     cu_seqlens_ptr,
@@ -273,7 +248,7 @@ def grad_q_kernel(
     """One program: the gradient of BLOCK_M queries of one head, and their delta for the kernel of k and v.
 
     delta = sum(grad * out) - grad_lse is what the softmax's gradient subtracts from each row. grad, out and grad_q
-    are contiguous, shift, factor (see `exact_lse_kernel`) and delta [heads, total_tokens].
+    are contiguous, shift, as `exact_lse_kernel` gives it, and delta [heads, total_tokens].
     """
     # The interpreter takes what is below the normal numbers for float64.
     scale, scale_log2 = tl.full((), scale, tl.float32), tl.full((), scale_log2, tl.float32)
@@ -324,8 +299,6 @@ def grad_q_kernel(
             q_0, q_1, grad_0, grad_1, shift, delta, acc_0, acc_1, k_ptr, v_ptr, stride_k, stride_v, first_key, keys,
             scale_log2, HEAD_DIM, BLOCK_TAIL, BLOCK_D0, BLOCK_D1, True, INT64_OFFSETS, INPUT_PRECISION,
         )  # fmt: skip
-    if factor_ptr is not None:
-        scale *= tl.load(factor_ptr + head_rows, mask=m < queries, other=0.0)[:, None]
     _store(grad_q_ptr + row, acc_0 * scale, in_sequence, 0, BLOCK_D0, HEAD_DIM)
     if BLOCK_D1 > 0:
         _store(grad_q_ptr + row, acc_1 * scale, in_sequence, BLOCK_D0, BLOCK_D1, HEAD_DIM)
@@ -345,7 +318,6 @@ def _grad_kv_of_queries(
     grad_ptr,
     delta_ptr,
     shift_ptr,
-    factor_ptr,
     stride_q,
     first_query,
     queries,
@@ -379,8 +351,6 @@ def _grad_kv_of_queries(
         q_1 = _load(q_rows, in_sequence[:, None], BLOCK_D0, BLOCK_D1, HEAD_DIM, MASK_QUERIES)
         scores = tl.dot(k_1, tl.trans(q_1), scores, input_precision=INPUT_PRECISION)
     p = tl.exp2(scores * scale_log2 - shift[None, :])  # [keys, queries]
-    if factor_ptr is not None:
-        p *= tl.load(factor_ptr + m, mask=in_sequence, other=0.0)[None, :]
     if MASK_QUERIES:
         # A query past the end belongs to the next sequence; what is infinite in a key makes NaN of the zeros read.
         p = tl.where(in_sequence[None, :], p, 0.0)
@@ -412,7 +382,6 @@ def grad_kv_kernel(
     v_ptr,
     delta_ptr,
     shift_ptr,
-    factor_ptr,
     grad_k_ptr,
     grad_v_ptr,
     cu_seqlens_ptr,
@@ -478,19 +447,16 @@ def grad_kv_kernel(
         q_head = q_ptr + head * times_qh * STRIDE_QH + start.to(tl.int64) * stride_q
         grad_head = grad_ptr + (start.to(tl.int64) * (GROUP * KV_HEADS) + head) * HEAD_DIM
         row = head * total_tokens + start
-        factor_row = factor_ptr
-        if factor_ptr is not None:
-            factor_row += row
         for first_query in range(0, full, BLOCK_M):
             grad_k_0, grad_k_1, grad_v_0, grad_v_1 = _grad_kv_of_queries(
                 k_0, k_1, v_0, v_1, grad_k_0, grad_k_1, grad_v_0, grad_v_1, q_head, grad_head, delta_ptr + row,
-                shift_ptr + row, factor_row, stride_q, first_query, queries, scale_log2, GROUP * KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_M,
+                shift_ptr + row, stride_q, first_query, queries, scale_log2, GROUP * KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_M,
                 BLOCK_D0, BLOCK_D1, False, INT64_OFFSETS, INPUT_PRECISION,
             )  # fmt: skip
         for first_query in range(full, queries, BLOCK_TAIL):
             grad_k_0, grad_k_1, grad_v_0, grad_v_1 = _grad_kv_of_queries(
                 k_0, k_1, v_0, v_1, grad_k_0, grad_k_1, grad_v_0, grad_v_1, q_head, grad_head, delta_ptr + row,
-                shift_ptr + row, factor_row, stride_q, first_query, queries, scale_log2, GROUP * KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_TAIL,
+                shift_ptr + row, stride_q, first_query, queries, scale_log2, GROUP * KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_TAIL,
                 BLOCK_D0, BLOCK_D1, True, INT64_OFFSETS, INPUT_PRECISION,
             )  # fmt: skip
     row = t * (KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM
@@ -554,14 +520,19 @@ def launch(
             **{name: value for name, value in for_q.items() if name != "BLOCK_N"},
             LARGE=LARGE_LSE[q.dtype], INT64_OFFSETS=total_tokens_k * k.stride(0) >= 2**31,
         )  # fmt: skip
+        if factor is not None:
+            # All that follows is linear in a row's gradients. In half precision they would be rounded once more, to
+            # less than what the factor mends.
+            grad = grad * factor.T[..., None]
+            grad_lse = None if grad_lse is None else grad_lse * factor
         grad_q_kernel[(programs, heads)](
-            grad, grad_lse, q, k, v, out, shift, factor, grads[0], delta, **shared, **of_values, **for_q,
+            grad, grad_lse, q, k, v, out, shift, grads[0], delta, **shared, **of_values, **for_q,
             HEADS=heads, INT64_OFFSETS=total_tokens_k * max(k.stride(0), v.stride(0)) >= 2**31,
         )  # fmt: skip
     if total_tokens_k:
         programs = triton.cdiv(total_tokens_k, for_kv["BLOCK_N"]) + sequences
         grad_kv_kernel[(programs, kv_heads)](
-            grad, q, k, v, delta, shift, factor, *grads[1:], **shared, **of_values, **for_kv,
+            grad, q, k, v, delta, shift, *grads[1:], **shared, **of_values, **for_kv,
             KV_HEADS=kv_heads, INT64_OFFSETS=total_tokens * max(q.stride(0), grad.stride(0)) >= 2**31,
         )  # fmt: skip
     return grads
