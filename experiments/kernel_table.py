@@ -148,7 +148,7 @@ def _gradients(problem: Problem, configuration: Any) -> Arguments:
     out, lengths = problem.tensor(problem.tokens, problem.heads, problem.head_dim), problem.cu_seqlens()
     lse = problem.tensor(problem.heads, problem.tokens, dtype="float32")
     tensors = (out, None, *problem.qkv(), out, lse, lengths, lengths)
-    # The other of the two kernels is silenced.
+    # The other kernels are silenced.
     return (*tensors, problem.head_dim**-0.5), {"configurations": configuration and (configuration, configuration)}
 
 
@@ -220,7 +220,7 @@ OURS = (
         compulsory_bytes=lambda problem: 6 * problem.tensor_bytes + 2 * _lse_bytes(problem),
         useful_flops=_attention_flops(3),
         configurations=_tuned("grad_q"),
-        silenced=("grad_kv_kernel",),
+        silenced=("exact_lse_kernel", "grad_kv_kernel"),
         rows="BLOCK_N",
         heads=1,
     ),
@@ -232,7 +232,7 @@ OURS = (
         compulsory_bytes=lambda problem: 6 * problem.tensor_bytes + 2 * _lse_bytes(problem),
         useful_flops=_attention_flops(4),
         configurations=_tuned("grad_kv"),
-        silenced=("grad_q_kernel",),
+        silenced=("exact_lse_kernel", "grad_q_kernel"),
         rows="BLOCK_M",
         heads=1,
     ),

@@ -114,7 +114,7 @@ def writes_far() -> None:
             rows = torch.arange(4.0, dtype=torch.float16)[:, None] * 4 + torch.arange(4.0, dtype=torch.float16)
             source.as_strided((4, 4), (FAR, 1)).copy_(rows)
             kernel[(tiles, width, 1)](
-                source, target, FAR, FAR, HEIGHT=1, WIDTH=width, CHANNELS=FAR, FACTOR=1, INVERSE=inverse,
+                source, target, FAR, FAR, 1, width, CHANNELS=FAR, FACTOR=1, INVERSE=inverse,
                 BLOCK_WIDTH=1, BLOCK_CHANNELS=4,
             )  # fmt: skip
             assert_same(target.as_strided((4, 4), (FAR, 1)), rows)
@@ -152,7 +152,7 @@ def writes_normalised_far() -> None:
     weight, bias = (seeded_tensor((16,), torch.float16, seed) for seed in (7, 8))
     out = torch.empty(2 * FAR + 64, dtype=torch.float16)
     module.layer_norm_pixel_shuffle_kernel[(2, 1)](
-        x, weight, bias, out, 0, 0, 1e-5, HEIGHT=2, WIDTH=2**27, CHANNELS=16, FACTOR=1,
+        x, weight, bias, out, 0, 0, 1e-5, 2, 2**27, CHANNELS=16, FACTOR=1,
         BLOCK_WIDTH=4, BLOCK_CHANNELS=16,
     )  # fmt: skip
     expected = module.launch(x, weight, bias, 1, 1, 1, 1e-5).flatten()

@@ -2,6 +2,7 @@
 
 import itertools
 
+import torch
 from torch import Tensor
 
 from vit_kernels import _validation
@@ -20,3 +21,8 @@ def rows(q: Tensor, k: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None) 
     rows_q = [slice(*pair) for pair in itertools.pairwise(bounds)]
     rows_k = [slice(*pair) for pair in itertools.pairwise(bounds_k)]
     return [(r, r_k) for r, r_k in zip(rows_q, rows_k, strict=True) if r.start < r.stop and r_k.start < r_k.stop]
+
+
+def scale_of_scores(scale: float, dtype: torch.dtype) -> float:
+    """The scale, where float32 would round it to 0 the smallest number that it has: 0 times an infinity is NaN."""
+    return scale if dtype == torch.float64 else max(scale, 2.0**-149)

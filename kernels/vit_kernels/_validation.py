@@ -4,6 +4,7 @@ import itertools
 import math
 import numbers
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,12 +145,12 @@ def positive_integer(name: str, value: Any) -> int | torch.SymInt:
     return value
 
 
-def positive_number(name: str, value: Any) -> float | torch.SymFloat:
+def positive_number(name: str, value: Any, at_most: float = sys.float_info.max) -> float | torch.SymFloat:
     """`value`, of Python or numpy, as a finite float of Python above zero."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: got {value}, expected a positive finite number")
+    if not 0 < value <= at_most:
+        raise ValueError(f"{name}: got {value}, expected a positive finite number, at most {at_most:.4g}")
     return float(value)
 
 

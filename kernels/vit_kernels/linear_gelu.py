@@ -1,5 +1,6 @@
 """A linear layer and its erf GELU in one pass."""
 
+import math
 from typing import Any
 
 import torch
@@ -41,8 +42,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The PyTorch body."""
-    return F.gelu(F.linear(x, weight, bias))
+    """The PyTorch body; half precisions are multiplied in float32, to be rounded once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    u = F.linear(x.to(wide), weight.to(wide), bias.to(wide))
+    # On CPUs torch's GELU of infinity is NaN.
+    return torch.where(u == math.inf, u, F.gelu(u)).to(x.dtype)
 
 
 def fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -77,7 +81,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
-    grad = torch.ops.aten.gelu_backward.default(grad, F.linear(x, weight, bias))
+    # float16 would overflow where the output does not.
+    wide = torch.float32 if x.dtype == torch.float16 else x.dtype
+    u = F.linear(x.to(wide), weight.to(wide), bias.to(wide))
+    grad = torch.ops.aten.gelu_backward.default(grad.to(wide), u).to(x.dtype)
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     return (
         grad @ weight if needs_x else None,

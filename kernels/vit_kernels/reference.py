@@ -48,7 +48,7 @@ def layer_norm_pixel_shuffle_reference(
 def rotary_2d_reference(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Rotate channel pairs as complex numbers, in fp64.
+    """Rotate channel pairs as the real and imaginary parts of complex numbers, in fp64.
 
     Source: Su et al., RoFormer (arXiv 2104.09864), equation 34, with the tables given.
 
@@ -56,19 +56,18 @@ def rotary_2d_reference(
         q, k: [tokens, heads, head_dim]; cos, sin: [positions, head_dim // 2]; token t takes row t % positions.
 
     Returns:
-        q and k rotated, complex128 arithmetic, as float64.
+        q and k rotated, as float64.
     """
     positions = cos.shape[0]
-    turn = torch.complex(cos.double(), sin.double())
-
     def rotate(x: Tensor) -> Tensor:
         out = torch.empty(x.shape, dtype=torch.float64, device=x.device)
         half = x.shape[-1] // 2
         pairs = [(2 * j, 2 * j + 1) if interleaved else (j, j + half) for j in range(half)]
         for j, (real, imaginary) in enumerate(pairs):
             rows = torch.arange(x.shape[0], device=x.device) % positions
-            turned = torch.complex(x[..., real].double(), x[..., imaginary].double()) * turn[rows, j, None]
-            out[..., real], out[..., imaginary] = turned.real, turned.imag
+            a, b = x[..., real].double(), x[..., imaginary].double()
+            c, s = cos[rows, j, None].double(), sin[rows, j, None].double()
+            out[..., real], out[..., imaginary] = a * c - b * s, a * s + b * c
         return out
 
     return rotate(q), rotate(k)
@@ -100,6 +99,8 @@ def varlen_attention_reference(
 ) -> Tensor:
     """softmax(q k^T * scale) v within each sequence and head, in fp64; rows outside every sequence are zero.
 
+    So are the probabilities of a row whose every score is -inf: no key is left to attend to.
+
     Source: Vaswani et al., Attention Is All You Need (arXiv 1706.03762), equation 1.
 
     Args:
@@ -121,7 +122,9 @@ def varlen_attention_reference(
             continue
         for head in range(q.shape[1]):
             scores = q[queries, head].double() @ k[keys, head // group].double().T * scale
-            out[queries, head] = torch.softmax(scores, dim=-1) @ v[keys, head // group].double()
+            p = torch.softmax(scores, dim=-1)
+            p[(scores == -torch.inf).all(-1)] = 0
+            out[queries, head] = p @ v[keys, head // group].double()
     return out
 
 
@@ -134,6 +137,8 @@ def varlen_attention_lse_reference(
     scale: float | None = None,
 ) -> Tensor:
     """log(sum(exp(q k^T * scale))) over the keys of each sequence, in fp64; -inf for a query without keys.
+
+    Of infinite scores it is the limit: -inf of -inf alone, +inf where one is +inf and none NaN.
 
     Source: Dao, FlashAttention-2 (arXiv 2307.08691), section 3.1: L, the log-sum-exp of a row.
 
@@ -152,6 +157,7 @@ def varlen_attention_lse_reference(
             for token in range(start, stop):
                 scores = (keys * q[token, head].double()).sum(-1) * factor
                 largest = scores.max() if len(scores) else torch.tensor(0.0)
+                largest = torch.where(largest.isinf(), 0.0, largest)
                 lse[head, token] = (scores - largest).exp().sum().log() + largest
     return lse
 

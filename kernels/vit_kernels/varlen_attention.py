@@ -52,8 +52,9 @@ def varlen_attention(
     """Non-causal softmax(q k^T * scale) v within each sequence of a packed batch.
 
     Sequence s owns the query rows cu_seqlens[s] to cu_seqlens[s + 1] and the same rows of k and v, or those that
-    cu_seqlens_k names. Sequences may be empty; a query without keys, or outside every sequence, gives zeros. This
-    is one registered op on every device; nothing is read from the device on the host. A sequence's outputs are the
+    cu_seqlens_k names. Sequences may be empty; a query without keys, or outside every sequence, gives zeros, and so
+    does one whose every score is -inf, as in PyTorch's attention; its gradients are zero. A score of NaN or +inf makes
+    a row of NaN. This is one registered op on every device; nothing is read from the device on the host. A sequence's outputs are the
     same bits in every run and in every batch. q, k and v may require gradients, which are deterministic too.
 
     Source: Vaswani et al. (arXiv 1706.03762), equation 1; Dao, FlashAttention-2 (arXiv 2307.08691), algorithms 1
@@ -67,14 +68,16 @@ def varlen_attention(
             contents are checked on CPUs, on accelerators only under VIT_KERNELS_DEBUG=1.
         cu_seqlens_k: int32 [sequences + 1], the boundaries in k and v where they differ.
         max_seqlen: a hint for callers that have it; no implementation needs it.
-        scale: positive; head_dim**-0.5 when None.
+        scale: positive, up to 2**127; head_dim**-0.5 when None. Scores are float32: at magnitudes beyond 2**30 the
+            kernels' exponentials may overflow to NaN on GPUs.
         return_lse: also return the natural logarithm of the softmax's denominator.
         out: [total_tokens, heads, head_dim], dtype and device of q, last dimension contiguous, not overlapping q, k
             or v: written instead of a new tensor, and returned. Not where gradients are needed.
 
     Returns:
         [total_tokens, heads, head_dim], contiguous unless it is `out`, dtype of q. With return_lse also the
-        log-sum-exp [heads, total_tokens], float32 (float64 for float64 inputs), -inf for a query without keys.
+        log-sum-exp [heads, total_tokens], float32 (float64 for float64 inputs), -inf for a query without keys or with
+        scores of -inf alone, +inf or NaN where a score is.
 
     Raises:
         TypeError: a dtype that the implementation does not take, or that differs between q, k and v; a scale that is
@@ -87,7 +90,7 @@ def varlen_attention(
     needs_lse = return_lse or (out is None and _needs_gradients(q, k, v))
     impl = _dispatch.choose("varlen_attention", q, tuple(BODIES_WITH_LSE if needs_lse else BODIES))
     _validate(q, k, v, cu_seqlens, cu_seqlens_k, impl)
-    scale = q.shape[2] ** -0.5 if scale is None else _validation.positive_number("scale", scale)
+    scale = q.shape[2] ** -0.5 if scale is None else _validation.positive_number("scale", scale, at_most=2.0**127)
     if out is not None:
         _transforms.refuse_gradients("varlen_attention", q=q, k=k, v=v, out=out)
         _validate_out(out, q, k, v)
@@ -110,6 +113,7 @@ def _needs_gradients(*inputs: Tensor) -> bool:
 def eager(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float) -> Tensor:
     """The PyTorch body: one SDPA call a run of sequences of equal lengths. It reads the boundaries on the host."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    scale = _sequences.scale_of_scores(scale, q.dtype)
     rows = _sequences.rows(q, k, cu_seqlens, cu_seqlens_k)
     # Only there does SDPA compute each sequence of a batch as it would alone, bit by bit: it packs the operands of half
     # precisions as their number makes worthwhile, and leaves grouped heads to products of whole batches.
@@ -136,10 +140,13 @@ def _runs(rows: list[tuple[slice, slice]]) -> list[tuple[slice, slice, int]]:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, sequences: int, scale: float) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
+    grouped, dtype = q.shape[1] != k.shape[1], q.dtype
+    if dtype.itemsize == 2 and q.device.type == "cpu" and not (q.isfinite().all() and k.isfinite().all()):
+        # There SDPA in half precision makes zeros of some rows that scores of +inf make NaN.
+        q, k, v = (x.float() for x in (q, k, v))
     q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-    return out.transpose(1, 2).flatten(0, 1)
+    return out.transpose(1, 2).flatten(0, 1).to(dtype)
 
 
 def eager_with_lse(
@@ -148,6 +155,7 @@ def eager_with_lse(
     """The PyTorch body, and the log-sum-exps by a second product: SDPA keeps its own."""
     lse = _empty_lse(q).fill_(-math.inf)
     group = q.shape[1] // k.shape[1]
+    scale = _sequences.scale_of_scores(scale, q.dtype)
     for rows, rows_k in _sequences.rows(q, k, cu_seqlens, cu_seqlens_k):
         queries, keys = (x.transpose(0, 1).to(lse.dtype) for x in (q[rows], k[rows_k]))
         lse[:, rows] = (queries @ keys.repeat_interleave(group, 0).mT * scale).logsumexp(-1)

@@ -1,5 +1,6 @@
 """Gradients of varlen_attention; `vit_kernels.varlen_attention` calls this op, users do not."""
 
+import math
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ def _attend_backward(
     group = q.shape[1] // k.shape[1]
     grad, q, k, v = (x.transpose(0, 1).to(compute_dtype) for x in (grad, q, k, v))  # [heads, tokens, head_dim]
     k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-    p = torch.softmax(q @ k.mT * scale, dim=-1)
+    scores = q @ k.mT * _sequences.scale_of_scores(scale, compute_dtype)
+    # Of scores of -inf alone the output is zero.
+    p = torch.softmax(scores, dim=-1).masked_fill(scores.amax(-1, keepdim=True) == -math.inf, 0)
     grad_p = grad @ v.mT
     delta = (p * grad_p).sum(-1, keepdim=True)
     if grad_lse is not None:

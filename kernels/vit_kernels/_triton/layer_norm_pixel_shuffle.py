@@ -7,7 +7,7 @@ import triton.language as tl
 from vit_kernels._triton.configurations import norm_options
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("height", "width"))
 def layer_norm_pixel_shuffle_kernel(
     x_ptr,
     weight_ptr,
@@ -16,24 +16,23 @@ def layer_norm_pixel_shuffle_kernel(
     stride_tile,
     stride_token,
     eps,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    height,
+    width,
     CHANNELS: tl.constexpr,
     FACTOR: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
     """One program normalises and moves BLOCK_WIDTH tokens of one grid row; all channels of a token are one block."""
-    COLUMNS: tl.constexpr = WIDTH // FACTOR
     OUT_CHANNELS: tl.constexpr = CHANNELS * FACTOR * FACTOR
-    tile = (tl.program_id(0) // HEIGHT).to(tl.int64)
-    h = tl.program_id(0) % HEIGHT
+    tile = (tl.program_id(0) // height).to(tl.int64)
+    h = tl.program_id(0) % height
     w = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     c = tl.arange(0, BLOCK_CHANNELS)[None, :]
     in_token = c < CHANNELS
-    mask = (w < WIDTH)[:, None] & in_token
+    mask = (w < width)[:, None] & in_token
 
-    cell = (h * WIDTH + w).to(tl.int64)[:, None]
+    cell = (h * width + w).to(tl.int64)[:, None]
     x = tl.load(x_ptr + tile * stride_tile + cell * stride_token + c, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(x, 1)[:, None] / CHANNELS
     centred = tl.where(mask, x - mean, 0.0)
@@ -42,9 +41,9 @@ def layer_norm_pixel_shuffle_kernel(
     bias = tl.load(bias_ptr + c, mask=in_token, other=0.0).to(tl.float32)
     out = centred * tl.rsqrt(variance + eps) * weight + bias
 
-    token = ((h // FACTOR) * COLUMNS + w // FACTOR).to(tl.int64)[:, None]
+    token = ((h // FACTOR) * (width // FACTOR) + w // FACTOR).to(tl.int64)[:, None]
     channel = ((h % FACTOR * FACTOR + w % FACTOR) * CHANNELS)[:, None]
-    target = out_ptr + tile * (HEIGHT * WIDTH * CHANNELS) + token * OUT_CHANNELS + channel + c
+    target = out_ptr + tile * (height * width) * CHANNELS + token * OUT_CHANNELS + channel + c
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -54,7 +53,7 @@ def launch(
     """x [tiles, height * width, channels] -> [tiles, tokens, channels * factor**2] on the current stream."""
     tiles, _, channels = x.shape
     out = x.new_empty(tiles, (height // factor) * (width // factor), channels * factor * factor)
-    block_channels = triton.next_power_of_2(channels)
+    block_channels = triton.next_power_of_2(max(channels, 1))
     # Tokens enough to share a read of weight and bias, few enough for a tile to fill a GPU and for the registers.
     block_width = min(4, triton.next_power_of_2(width), triton.cdiv(8192, block_channels))
     if out.numel():
@@ -66,8 +65,8 @@ def launch(
             x.stride(0),
             x.stride(1),
             eps,
-            HEIGHT=height,
-            WIDTH=width,
+            height,
+            width,
             CHANNELS=channels,
             FACTOR=factor,
             BLOCK_WIDTH=block_width,

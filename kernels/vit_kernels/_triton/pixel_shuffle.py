@@ -5,14 +5,14 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("height", "width"))
 def pixel_shuffle_kernel(
     source_ptr,
     target_ptr,
     stride_tile,
     stride_token,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    height,
+    width,
     CHANNELS: tl.constexpr,
     FACTOR: tl.constexpr,
     INVERSE: tl.constexpr,
@@ -23,19 +23,18 @@ def pixel_shuffle_kernel(
 
     The strides are the source's; the target is contiguous.
     """
-    COLUMNS: tl.constexpr = WIDTH // FACTOR
     OUT_CHANNELS: tl.constexpr = CHANNELS * FACTOR * FACTOR
-    tile = (tl.program_id(0) // HEIGHT).to(tl.int64)
-    h = tl.program_id(0) % HEIGHT
+    tile = (tl.program_id(0) // height).to(tl.int64)
+    h = tl.program_id(0) % height
     w = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     c = tl.program_id(2) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
-    mask = (w < WIDTH)[:, None] & (c < CHANNELS)
+    mask = (w < width)[:, None] & (c < CHANNELS)
 
-    cell = (h * WIDTH + w).to(tl.int64)[:, None]
-    token = ((h // FACTOR) * COLUMNS + w // FACTOR).to(tl.int64)[:, None]
+    cell = (h * width + w).to(tl.int64)[:, None]
+    token = ((h // FACTOR) * (width // FACTOR) + w // FACTOR).to(tl.int64)[:, None]
     channel = ((h % FACTOR * FACTOR + w % FACTOR) * CHANNELS)[:, None]
     source_ptr += tile * stride_tile
-    target_ptr += tile * (HEIGHT * WIDTH * CHANNELS)
+    target_ptr += tile * (height * width) * CHANNELS
     if INVERSE:
         values = tl.load(source_ptr + token * stride_token + channel + c, mask=mask)
         tl.store(target_ptr + cell * CHANNELS + c, values, mask=mask)
@@ -71,8 +70,8 @@ def _launch(
             target,
             source.stride(0),
             source.stride(1),
-            HEIGHT=height,
-            WIDTH=width,
+            height,
+            width,
             CHANNELS=channels,
             FACTOR=factor,
             INVERSE=inverse,

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vit_kernels._triton.strides import head_stride
+
 
 @triton.jit
 def _rotate_heads(
@@ -11,6 +13,8 @@ def _rotate_heads(
     out_ptr,
     stride_token,
     stride_out_token,
+    times_head,
+    times_out_head,
     tokens,
     t,
     cos,
@@ -29,8 +33,8 @@ def _rotate_heads(
     for first_head in tl.static_range(0, HEADS, BLOCK_H):
         h = first_head + tl.arange(0, BLOCK_H)[None, :, None]
         mask = (t < tokens) & (h < HEADS)
-        source = x_ptr + t * stride_token + h.to(tl.int64) * STRIDE_HEAD
-        target = out_ptr + t * stride_out_token + h.to(tl.int64) * STRIDE_OUT_HEAD
+        source = x_ptr + t * stride_token + h.to(tl.int64) * times_head * STRIDE_HEAD
+        target = out_ptr + t * stride_out_token + h.to(tl.int64) * times_out_head * STRIDE_OUT_HEAD
         if INTERLEAVED:
             d = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
             mask &= d < HEAD_DIM
@@ -48,7 +52,10 @@ def _rotate_heads(
             tl.store(target + HALF + d, (a * sin + b * cos).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("tokens", "positions"),
+    do_not_specialize_on_alignment=("times_qh", "times_kh", "times_q_out_h", "times_k_out_h"),
+)
 def rotary_2d_kernel(
     q_ptr,
     k_ptr,
@@ -62,6 +69,10 @@ def rotary_2d_kernel(
     stride_k_out,
     tokens,
     positions,
+    times_qh,
+    times_kh,
+    times_q_out_h,
+    times_k_out_h,
     STRIDE_QH: tl.constexpr,
     STRIDE_KH: tl.constexpr,
     STRIDE_Q_OUT_H: tl.constexpr,
@@ -76,7 +87,10 @@ def rotary_2d_kernel(
     BLOCK_KH: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
-    """One program rotates all heads of BLOCK_T tokens with one read of the tables; the outputs may be the inputs."""
+    """One program rotates all heads of BLOCK_T tokens with one read of the tables; the outputs may be the inputs.
+
+    Strides of heads are products, see `strides.py`.
+    """
     HALF: tl.constexpr = HEAD_DIM // 2
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     j = tl.arange(0, BLOCK_HALF)[None, None, :]
@@ -87,11 +101,11 @@ def rotary_2d_kernel(
     if INVERSE:
         sin = -sin
     _rotate_heads(
-        q_ptr, q_out_ptr, stride_q, stride_q_out, tokens, t, cos, sin,
+        q_ptr, q_out_ptr, stride_q, stride_q_out, times_qh, times_q_out_h, tokens, t, cos, sin,
         STRIDE_QH, STRIDE_Q_OUT_H, Q_HEADS, HEAD_DIM, INTERLEAVED, BLOCK_QH, BLOCK_HALF,
     )  # fmt: skip
     _rotate_heads(
-        k_ptr, k_out_ptr, stride_k, stride_k_out, tokens, t, cos, sin,
+        k_ptr, k_out_ptr, stride_k, stride_k_out, times_kh, times_k_out_h, tokens, t, cos, sin,
         STRIDE_KH, STRIDE_K_OUT_H, K_HEADS, HEAD_DIM, INTERLEAVED, BLOCK_KH, BLOCK_HALF,
     )  # fmt: skip
 
@@ -123,10 +137,12 @@ def _launch(
     tokens, q_heads, head_dim = q.shape
     k_heads = k.shape[1]
     block_half = triton.next_power_of_2(head_dim // 2)
-    block_q_heads, block_k_heads = (min(16, triton.next_power_of_2(heads)) for heads in (q_heads, k_heads))
+    block_q_heads, block_k_heads = (min(16, triton.next_power_of_2(max(heads, 1))) for heads in (q_heads, k_heads))
     # One token of 16 heads of 88 is 16 bytes a lane and load for four warps, and the tables stay in registers.
     block_tokens = min(16, triton.cdiv(2048, max(block_q_heads, block_k_heads) * 2 * block_half))
-    if tokens:
+    strides = head_stride(q), head_stride(k), head_stride(q_out), head_stride(k_out)
+    names = ("STRIDE_QH", "STRIDE_KH", "STRIDE_Q_OUT_H", "STRIDE_K_OUT_H")
+    if q.numel() + k.numel():
         rotary_2d_kernel[(triton.cdiv(tokens, block_tokens),)](
             q,
             k,
@@ -140,10 +156,8 @@ def _launch(
             k_out.stride(0),
             tokens,
             cos.shape[0],
-            STRIDE_QH=q.stride(1),
-            STRIDE_KH=k.stride(1),
-            STRIDE_Q_OUT_H=q_out.stride(1),
-            STRIDE_K_OUT_H=k_out.stride(1),
+            *(times for times, _ in strides),
+            **{name: constant for name, (_, constant) in zip(names, strides, strict=True)},
             Q_HEADS=q_heads,
             K_HEADS=k_heads,
             HEAD_DIM=head_dim,

@@ -6,9 +6,13 @@ import triton.language as tl
 
 from vit_kernels._triton.configurations import Configuration, preferred
 from vit_kernels._triton.sequences import bounds, find_sequence
+from vit_kernels._triton.strides import head_stride, token_stride
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+SMALLEST_SCALE = 2.0**-149
+"""float32's: 0 times an infinite score would be NaN."""
 
 
 @triton.jit
@@ -94,7 +98,7 @@ def _attend_queries(
     queries,
     keys,
     scale_log2,
-    STRIDE_OUT: tl.constexpr,
+    stride_out,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -122,7 +126,8 @@ def _attend_queries(
         d_1 = BLOCK_D0 + tl.arange(0, BLOCK_D1)[None, :]
         q_1 = tl.load(q_rows + d_1, mask=in_sequence & (d_1 < HEAD_DIM), other=0.0)
         acc_1 = tl.zeros((BLOCK_M, BLOCK_D1), tl.float32)
-    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    # Not -inf: while every score of a row is, its maximum less itself would be NaN.
+    row_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
 
     full = keys // BLOCK_N * BLOCK_N
@@ -137,18 +142,23 @@ def _attend_queries(
             HEAD_DIM, BLOCK_TAIL, BLOCK_D0, BLOCK_D1, True, INT64_OFFSETS, INPUT_PRECISION,
         )  # fmt: skip
 
-    # Without keys the sum is 0: such rows are zeros, not 0 / 0.
+    # Without keys, or with scores of -inf alone, the sum is 0: such rows are zeros, not 0 / 0.
     normaliser = tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    out_rows = out_ptr + m.to(tl.int64)[:, None] * STRIDE_OUT
+    out_rows = out_ptr + m.to(tl.int64)[:, None] * stride_out
     tl.store(out_rows + d_0, (acc_0 / normaliser).to(out_ptr.dtype.element_ty), mask=in_sequence)
     if BLOCK_D1 > 0:
         out_1 = (acc_1 / normaliser).to(out_ptr.dtype.element_ty)
         tl.store(out_rows + d_1, out_1, mask=in_sequence & (d_1 < HEAD_DIM))
     if lse_ptr is not None:
-        tl.store(lse_ptr + m, (row_max + tl.log2(row_sum)) * LN_2, mask=m < queries)
+        # A score of +inf leaves a sum of NaN, and the log-sum-exp is the score.
+        lse_log2 = tl.where(row_max == float("inf"), row_max, row_max + tl.log2(row_sum))
+        tl.store(lse_ptr + m, lse_log2 * LN_2, mask=m < queries)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("total_tokens", "total_tokens_k", "sequences"),
+    do_not_specialize_on_alignment=("times_qh", "times_kh", "times_vh", "times_out", "times_outh"),
+)
 def varlen_attention_kernel(
     q_ptr,
     k_ptr,
@@ -164,6 +174,11 @@ def varlen_attention_kernel(
     total_tokens_k,
     sequences,
     scale_log2,
+    times_qh,
+    times_kh,
+    times_vh,
+    times_out,
+    times_outh,
     STRIDE_QH: tl.constexpr,
     STRIDE_KH: tl.constexpr,
     STRIDE_VH: tl.constexpr,
@@ -185,8 +200,10 @@ def varlen_attention_kernel(
     """One program: BLOCK_M queries of one head, found from cu_seqlens on the device.
 
     A last block of at most BLOCK_LAST queries, such as the lone class token of 577 = 9 * 64 + 1, is computed with
-    that many rows instead of BLOCK_M.
+    that many rows instead of BLOCK_M. Strides of heads and of out are products, see `strides.py`.
     """
+    # The interpreter takes what is below the normal numbers for float64.
+    scale_log2 = tl.full((), scale_log2, tl.float32)
     program = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     s = find_sequence(cu_seqlens_ptr, sequences, program, BLOCK_M, SEARCH)
@@ -199,22 +216,22 @@ def varlen_attention_kernel(
     if (first_query < 0) | (first_query >= queries):
         return
 
-    q_ptr += start.to(tl.int64) * stride_q + head * STRIDE_QH
-    k_ptr += start_k.to(tl.int64) * stride_k + head // GROUP * STRIDE_KH
-    v_ptr += start_k.to(tl.int64) * stride_v + head // GROUP * STRIDE_VH
-    out_ptr += start.to(tl.int64) * STRIDE_OUT + head * STRIDE_OUTH
+    q_ptr += start.to(tl.int64) * stride_q + head * times_qh * STRIDE_QH
+    k_ptr += start_k.to(tl.int64) * stride_k + head // GROUP * times_kh * STRIDE_KH
+    v_ptr += start_k.to(tl.int64) * stride_v + head // GROUP * times_vh * STRIDE_VH
+    out_ptr += start.to(tl.int64) * times_out * STRIDE_OUT + head * times_outh * STRIDE_OUTH
     if lse_ptr is not None:
         lse_ptr += head * total_tokens + start
     if BLOCK_LAST < BLOCK_M and queries - first_query <= BLOCK_LAST:
         _attend_queries(
             q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, stride_q, stride_k, stride_v, first_query, queries, keys, scale_log2,
-            STRIDE_OUT, HEAD_DIM, BLOCK_LAST, BLOCK_N_LAST, BLOCK_TAIL, BLOCK_D0, BLOCK_D1,
+            times_out * STRIDE_OUT, HEAD_DIM, BLOCK_LAST, BLOCK_N_LAST, BLOCK_TAIL, BLOCK_D0, BLOCK_D1,
             INT64_OFFSETS, INPUT_PRECISION,
         )  # fmt: skip
     else:
         _attend_queries(
             q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, stride_q, stride_k, stride_v, first_query, queries, keys, scale_log2,
-            STRIDE_OUT, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_TAIL, BLOCK_D0, BLOCK_D1,
+            times_out * STRIDE_OUT, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_TAIL, BLOCK_D0, BLOCK_D1,
             INT64_OFFSETS, INPUT_PRECISION,
         )  # fmt: skip
 
@@ -243,6 +260,8 @@ def launch(
         configuration = preferred("varlen_attention", head_dim, q.dtype)
     if total_tokens:
         programs = triton.cdiv(total_tokens, configuration["BLOCK_M"]) + sequences
+        strides = (head_stride(q), head_stride(k), head_stride(v), token_stride(out), head_stride(out))
+        names = ("STRIDE_QH", "STRIDE_KH", "STRIDE_VH", "STRIDE_OUT", "STRIDE_OUTH")
         varlen_attention_kernel[(programs, heads)](
             q,
             k,
@@ -257,12 +276,9 @@ def launch(
             total_tokens,
             k.shape[0],
             sequences,
-            scale * LOG2_E,
-            STRIDE_QH=q.stride(1),
-            STRIDE_KH=k.stride(1),
-            STRIDE_VH=v.stride(1),
-            STRIDE_OUT=out.stride(0),
-            STRIDE_OUTH=out.stride(1),
+            max(scale * LOG2_E, SMALLEST_SCALE),
+            *(times for times, _ in strides),
+            **{name: constant for name, (_, constant) in zip(names, strides, strict=True)},
             GROUP=heads // k.shape[1],
             HEAD_DIM=head_dim,
             SEARCH=128,

@@ -6,8 +6,12 @@ import triton.language as tl
 
 from vit_kernels._triton.configurations import Configuration, preferred
 from vit_kernels._triton.sequences import bounds, find_sequence
+from vit_kernels._triton.strides import head_stride
+from vit_kernels._triton.varlen_attention import LOWEST, SMALLEST_SCALE
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LARGE_LSE = {torch.float32: 16.0, torch.float16: 1024.0, torch.bfloat16: 1024.0}
+"""In base 2, where rounding a log-sum-exp to float32 is felt beside the other roundings of a probability."""
 
 
 @triton.jit
@@ -31,12 +35,129 @@ def _store(rows, x, in_sequence, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_
 
 
 @triton.jit
+def _split_lse(
+    q_0,
+    q_1,
+    k_ptr,
+    stride_k,
+    keys,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D0: tl.constexpr,
+    BLOCK_D1: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """The largest score of each row in base 2, and the sum of exp2 of the scores less that."""
+    row_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    for first_key in range(0, keys, BLOCK_N):
+        n = first_key + tl.arange(0, BLOCK_N)
+        in_sequence = n < keys
+        if INT64_OFFSETS:
+            n = n.to(tl.int64)
+        k_rows = k_ptr + n[:, None] * stride_k
+        k_0 = _load(k_rows, in_sequence[:, None], 0, BLOCK_D0, HEAD_DIM, True)
+        scores = tl.dot(q_0, tl.trans(k_0), input_precision=INPUT_PRECISION)
+        if BLOCK_D1 > 0:
+            k_1 = _load(k_rows, in_sequence[:, None], BLOCK_D0, BLOCK_D1, HEAD_DIM, True)
+            scores = tl.dot(q_1, tl.trans(k_1), scores, input_precision=INPUT_PRECISION)
+        scores = tl.where(in_sequence[None, :], scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+        row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(tl.exp2(scores * scale_log2 - new_max[:, None]), 1)
+        row_max = new_max
+    # Without keys, or with scores of -inf alone, the sum is 0, and so are all probabilities.
+    return row_max, tl.where(row_sum == 0.0, 1.0, row_sum)
+
+
+@triton.jit(
+    do_not_specialize=("total_tokens", "total_tokens_k", "sequences"),
+    do_not_specialize_on_alignment=("times_qh", "times_kh", "times_vh"),
+)
+def exact_lse_kernel(
+    q_ptr,
+    k_ptr,
+    lse_ptr,
+    shift_ptr,
+    factor_ptr,
+    cu_seqlens_ptr,
+    cu_seqlens_k_ptr,
+    stride_q,
+    stride_k,
+    total_tokens,
+    total_tokens_k,
+    sequences,
+    scale_log2,
+    times_qh,
+    times_kh,
+    STRIDE_QH: tl.constexpr,
+    STRIDE_KH: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+    BLOCK_D0: tl.constexpr,
+    BLOCK_D1: tl.constexpr,
+    SEARCH: tl.constexpr,
+    LARGE: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One program: what the probabilities of BLOCK_M queries of one head are made of, exp2(score - shift) * factor.
+
+    The shift is the log-sum-exp in base 2. Rounded to float32 it is off by up to 2**-24 of itself, and a probability
+    by as much times it: by 3e-4 where scores are 7000, though of one that outweighs all others PyTorch's is exactly 1.
+    So where it is large, the rows are computed again: the shift is their largest score and, where there are factors,
+    a whole number, which leaves a factor from 0.5 to 1. Factors of None are 1. Elsewhere only lse is read.
+    """
+    scale_log2 = tl.full((), scale_log2, tl.float32)
+    program = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    s = find_sequence(cu_seqlens_ptr, sequences, program, BLOCK_M, SEARCH)
+    if s < 0:
+        return
+    first_query = (program - (tl.load(cu_seqlens_ptr + s) // BLOCK_M + s)) * BLOCK_M
+    start, queries = bounds(cu_seqlens_ptr, s, sequences, total_tokens, total_tokens)
+    start_k, keys = bounds(cu_seqlens_k_ptr, s, sequences, 0, total_tokens_k)
+    if (first_query < 0) | (first_query >= queries):
+        return
+
+    m = first_query + tl.arange(0, BLOCK_M)
+    in_sequence = m < queries
+    t = (start + m).to(tl.int64)
+    head_rows = head * total_tokens + t
+    shift = tl.load(lse_ptr + head_rows, mask=in_sequence, other=0.0) * LOG2_E
+    factor = tl.full((BLOCK_M,), 1.0, tl.float32)
+    if tl.max(tl.abs(shift), 0) > LARGE:
+        q_rows = q_ptr + head * times_qh * STRIDE_QH + t[:, None] * stride_q
+        k_ptr += start_k.to(tl.int64) * stride_k + head // GROUP * times_kh * STRIDE_KH
+        q_0 = _load(q_rows, in_sequence[:, None], 0, BLOCK_D0, HEAD_DIM, True)
+        q_1 = q_0
+        if BLOCK_D1 > 0:
+            q_1 = _load(q_rows, in_sequence[:, None], BLOCK_D0, BLOCK_D1, HEAD_DIM, True)
+        row_max, row_sum = _split_lse(
+            q_0, q_1, k_ptr, stride_k, keys, scale_log2,
+            HEAD_DIM, BLOCK_M, BLOCK_TAIL, BLOCK_D0, BLOCK_D1, INT64_OFFSETS, INPUT_PRECISION,
+        )  # fmt: skip
+        if factor_ptr is not None:
+            shift = row_max + tl.ceil(tl.log2(row_sum))
+            factor = tl.exp2(shift - row_max) / row_sum
+        else:
+            shift = row_max + tl.log2(row_sum)
+    tl.store(shift_ptr + head_rows, shift, mask=in_sequence)
+    if factor_ptr is not None:
+        tl.store(factor_ptr + head_rows, factor, mask=in_sequence)
+
+
+@triton.jit
 def _grad_q_of_keys(
     q_0,
     q_1,
     grad_0,
     grad_1,
-    lse_log2,
+    shift,
     delta,
     acc_0,
     acc_1,
@@ -71,17 +192,21 @@ def _grad_q_of_keys(
         v_1 = _load(v_rows, in_sequence[:, None], BLOCK_D0, BLOCK_D1, HEAD_DIM, MASK_KEYS)
         scores = tl.dot(q_1, tl.trans(k_1), scores, input_precision=INPUT_PRECISION)
         grad_p = tl.dot(grad_1, tl.trans(v_1), grad_p, input_precision=INPUT_PRECISION)
-    p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
+    grad_scores = tl.exp2(scores * scale_log2 - shift[:, None]) * (grad_p - delta[:, None])
     if MASK_KEYS:
-        p = tl.where(in_sequence[None, :], p, 0.0)
-    grad_scores = (p * (grad_p - delta[:, None])).to(k_ptr.dtype.element_ty)
+        # What is infinite in a query or a gradient makes NaN of the zeros read past the end.
+        grad_scores = tl.where(in_sequence[None, :], grad_scores, 0.0)
+    grad_scores = grad_scores.to(k_ptr.dtype.element_ty)
     acc_0 = tl.dot(grad_scores, k_0, acc_0, input_precision=INPUT_PRECISION)
     if BLOCK_D1 > 0:
         acc_1 = tl.dot(grad_scores, k_1, acc_1, input_precision=INPUT_PRECISION)
     return acc_0, acc_1
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("total_tokens", "total_tokens_k", "sequences"),
+    do_not_specialize_on_alignment=("times_qh", "times_kh", "times_vh"),
+)
 def grad_q_kernel(
     grad_ptr,
     grad_lse_ptr,
@@ -89,7 +214,7 @@ def grad_q_kernel(
     k_ptr,
     v_ptr,
     out_ptr,
-    lse_ptr,
+    shift_ptr,
     grad_q_ptr,
     delta_ptr,
     cu_seqlens_ptr,
@@ -102,6 +227,9 @@ def grad_q_kernel(
     sequences,
     scale,
     scale_log2,
+    times_qh,
+    times_kh,
+    times_vh,
     STRIDE_QH: tl.constexpr,
     STRIDE_KH: tl.constexpr,
     STRIDE_VH: tl.constexpr,
@@ -117,11 +245,13 @@ def grad_q_kernel(
     INT64_OFFSETS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """One program: the gradient of BLOCK_M queries of one head, and their delta for the other kernel.
+    """One program: the gradient of BLOCK_M queries of one head, and their delta for the kernel of k and v.
 
     delta = sum(grad * out) - grad_lse is what the softmax's gradient subtracts from each row. grad, out and grad_q
-    are contiguous, lse and delta [heads, total_tokens].
+    are contiguous, shift, as `exact_lse_kernel` gives it, and delta [heads, total_tokens].
     """
+    # The interpreter takes what is below the normal numbers for float64.
+    scale, scale_log2 = tl.full((), scale, tl.float32), tl.full((), scale_log2, tl.float32)
     program = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     s = find_sequence(cu_seqlens_ptr, sequences, program, BLOCK_M, SEARCH)
@@ -136,7 +266,7 @@ def grad_q_kernel(
     m = first_query + tl.arange(0, BLOCK_M)
     in_sequence = (m < queries)[:, None]
     t = (start + m).to(tl.int64)
-    q_rows = q_ptr + head * STRIDE_QH + t[:, None] * stride_q
+    q_rows = q_ptr + head * times_qh * STRIDE_QH + t[:, None] * stride_q
     row = t[:, None] * (HEADS * HEAD_DIM) + head * HEAD_DIM
     q_0 = _load(q_rows, in_sequence, 0, BLOCK_D0, HEAD_DIM, True)
     grad_0 = _load(grad_ptr + row, in_sequence, 0, BLOCK_D0, HEAD_DIM, True)
@@ -154,19 +284,19 @@ def grad_q_kernel(
     if grad_lse_ptr is not None:
         delta -= tl.load(grad_lse_ptr + head_rows, mask=m < queries, other=0.0)
     tl.store(delta_ptr + head_rows, delta, mask=m < queries)
-    lse_log2 = tl.load(lse_ptr + head_rows, mask=m < queries, other=0.0) * LOG2_E
+    shift = tl.load(shift_ptr + head_rows, mask=m < queries, other=0.0)
 
-    k_ptr += start_k.to(tl.int64) * stride_k + head // GROUP * STRIDE_KH
-    v_ptr += start_k.to(tl.int64) * stride_v + head // GROUP * STRIDE_VH
+    k_ptr += start_k.to(tl.int64) * stride_k + head // GROUP * times_kh * STRIDE_KH
+    v_ptr += start_k.to(tl.int64) * stride_v + head // GROUP * times_vh * STRIDE_VH
     full = keys // BLOCK_N * BLOCK_N
     for first_key in range(0, full, BLOCK_N):
         acc_0, acc_1 = _grad_q_of_keys(
-            q_0, q_1, grad_0, grad_1, lse_log2, delta, acc_0, acc_1, k_ptr, v_ptr, stride_k, stride_v, first_key, keys,
+            q_0, q_1, grad_0, grad_1, shift, delta, acc_0, acc_1, k_ptr, v_ptr, stride_k, stride_v, first_key, keys,
             scale_log2, HEAD_DIM, BLOCK_N, BLOCK_D0, BLOCK_D1, False, INT64_OFFSETS, INPUT_PRECISION,
         )  # fmt: skip
     for first_key in range(full, keys, BLOCK_TAIL):
         acc_0, acc_1 = _grad_q_of_keys(
-            q_0, q_1, grad_0, grad_1, lse_log2, delta, acc_0, acc_1, k_ptr, v_ptr, stride_k, stride_v, first_key, keys,
+            q_0, q_1, grad_0, grad_1, shift, delta, acc_0, acc_1, k_ptr, v_ptr, stride_k, stride_v, first_key, keys,
             scale_log2, HEAD_DIM, BLOCK_TAIL, BLOCK_D0, BLOCK_D1, True, INT64_OFFSETS, INPUT_PRECISION,
         )  # fmt: skip
     _store(grad_q_ptr + row, acc_0 * scale, in_sequence, 0, BLOCK_D0, HEAD_DIM)
@@ -186,8 +316,8 @@ def _grad_kv_of_queries(
     grad_v_1,
     q_ptr,
     grad_ptr,
-    lse_ptr,
     delta_ptr,
+    shift_ptr,
     stride_q,
     first_query,
     queries,
@@ -205,12 +335,11 @@ def _grad_kv_of_queries(
     m = first_query + tl.arange(0, BLOCK_M)
     in_sequence = m < queries
     if MASK_QUERIES:
-        # A query past the end belongs to the next sequence: its probabilities are exp2(-inf).
-        lse = tl.load(lse_ptr + m, mask=in_sequence, other=float("inf"))
         delta = tl.load(delta_ptr + m, mask=in_sequence, other=0.0)
+        shift = tl.load(shift_ptr + m, mask=in_sequence, other=0.0)
     else:
-        lse = tl.load(lse_ptr + m)
         delta = tl.load(delta_ptr + m)
+        shift = tl.load(shift_ptr + m)
     if INT64_OFFSETS:
         m = m.to(tl.int64)
     q_rows = q_ptr + m[:, None] * stride_q
@@ -221,7 +350,10 @@ def _grad_kv_of_queries(
     if BLOCK_D1 > 0:
         q_1 = _load(q_rows, in_sequence[:, None], BLOCK_D0, BLOCK_D1, HEAD_DIM, MASK_QUERIES)
         scores = tl.dot(k_1, tl.trans(q_1), scores, input_precision=INPUT_PRECISION)
-    p = tl.exp2(scores * scale_log2 - (lse * LOG2_E)[None, :])  # [keys, queries]
+    p = tl.exp2(scores * scale_log2 - shift[None, :])  # [keys, queries]
+    if MASK_QUERIES:
+        # A query past the end belongs to the next sequence; what is infinite in a key makes NaN of the zeros read.
+        p = tl.where(in_sequence[None, :], p, 0.0)
     rounded = p.to(q_ptr.dtype.element_ty)
     grad_v_0 = tl.dot(rounded, grad_0, grad_v_0, input_precision=INPUT_PRECISION)
     grad_p = tl.dot(v_0, tl.trans(grad_0), input_precision=INPUT_PRECISION)
@@ -229,21 +361,27 @@ def _grad_kv_of_queries(
         grad_1 = _load(grad_rows, in_sequence[:, None], BLOCK_D0, BLOCK_D1, HEAD_DIM, MASK_QUERIES)
         grad_v_1 = tl.dot(rounded, grad_1, grad_v_1, input_precision=INPUT_PRECISION)
         grad_p = tl.dot(v_1, tl.trans(grad_1), grad_p, input_precision=INPUT_PRECISION)
-    grad_scores = (p * (grad_p - delta[None, :])).to(q_ptr.dtype.element_ty)
+    grad_scores = p * (grad_p - delta[None, :])
+    if MASK_QUERIES:
+        grad_scores = tl.where(in_sequence[None, :], grad_scores, 0.0)
+    grad_scores = grad_scores.to(q_ptr.dtype.element_ty)
     grad_k_0 = tl.dot(grad_scores, q_0, grad_k_0, input_precision=INPUT_PRECISION)
     if BLOCK_D1 > 0:
         grad_k_1 = tl.dot(grad_scores, q_1, grad_k_1, input_precision=INPUT_PRECISION)
     return grad_k_0, grad_k_1, grad_v_0, grad_v_1
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("total_tokens", "total_tokens_k", "sequences"),
+    do_not_specialize_on_alignment=("times_qh", "times_kh", "times_vh"),
+)
 def grad_kv_kernel(
     grad_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
-    lse_ptr,
     delta_ptr,
+    shift_ptr,
     grad_k_ptr,
     grad_v_ptr,
     cu_seqlens_ptr,
@@ -256,6 +394,9 @@ def grad_kv_kernel(
     sequences,
     scale,
     scale_log2,
+    times_qh,
+    times_kh,
+    times_vh,
     STRIDE_QH: tl.constexpr,
     STRIDE_KH: tl.constexpr,
     STRIDE_VH: tl.constexpr,
@@ -272,6 +413,7 @@ def grad_kv_kernel(
     INPUT_PRECISION: tl.constexpr,
 ):
     """One program: the gradients of BLOCK_N keys and values of one head, all its query heads added in order."""
+    scale, scale_log2 = tl.full((), scale, tl.float32), tl.full((), scale_log2, tl.float32)
     program = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     s = find_sequence(cu_seqlens_k_ptr, sequences, program, BLOCK_N, SEARCH)
@@ -286,8 +428,8 @@ def grad_kv_kernel(
     n = first_key + tl.arange(0, BLOCK_N)
     in_sequence = (n < keys)[:, None]
     t = (start_k + n).to(tl.int64)[:, None]
-    k_rows = k_ptr + kv_head * STRIDE_KH + t * stride_k
-    v_rows = v_ptr + kv_head * STRIDE_VH + t * stride_v
+    k_rows = k_ptr + kv_head * times_kh * STRIDE_KH + t * stride_k
+    v_rows = v_ptr + kv_head * times_vh * STRIDE_VH + t * stride_v
     k_0 = _load(k_rows, in_sequence, 0, BLOCK_D0, HEAD_DIM, True)
     v_0 = _load(v_rows, in_sequence, 0, BLOCK_D0, HEAD_DIM, True)
     grad_k_0 = tl.zeros((BLOCK_N, BLOCK_D0), tl.float32)
@@ -302,20 +444,19 @@ def grad_kv_kernel(
     full = queries // BLOCK_M * BLOCK_M
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        q_head = q_ptr + head * STRIDE_QH + start.to(tl.int64) * stride_q
+        q_head = q_ptr + head * times_qh * STRIDE_QH + start.to(tl.int64) * stride_q
         grad_head = grad_ptr + (start.to(tl.int64) * (GROUP * KV_HEADS) + head) * HEAD_DIM
-        lse_head = lse_ptr + head * total_tokens + start
-        delta_head = delta_ptr + head * total_tokens + start
+        row = head * total_tokens + start
         for first_query in range(0, full, BLOCK_M):
             grad_k_0, grad_k_1, grad_v_0, grad_v_1 = _grad_kv_of_queries(
-                k_0, k_1, v_0, v_1, grad_k_0, grad_k_1, grad_v_0, grad_v_1, q_head, grad_head, lse_head, delta_head,
-                stride_q, first_query, queries, scale_log2, GROUP * KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_M,
+                k_0, k_1, v_0, v_1, grad_k_0, grad_k_1, grad_v_0, grad_v_1, q_head, grad_head, delta_ptr + row,
+                shift_ptr + row, stride_q, first_query, queries, scale_log2, GROUP * KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_M,
                 BLOCK_D0, BLOCK_D1, False, INT64_OFFSETS, INPUT_PRECISION,
             )  # fmt: skip
         for first_query in range(full, queries, BLOCK_TAIL):
             grad_k_0, grad_k_1, grad_v_0, grad_v_1 = _grad_kv_of_queries(
-                k_0, k_1, v_0, v_1, grad_k_0, grad_k_1, grad_v_0, grad_v_1, q_head, grad_head, lse_head, delta_head,
-                stride_q, first_query, queries, scale_log2, GROUP * KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_TAIL,
+                k_0, k_1, v_0, v_1, grad_k_0, grad_k_1, grad_v_0, grad_v_1, q_head, grad_head, delta_ptr + row,
+                shift_ptr + row, stride_q, first_query, queries, scale_log2, GROUP * KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_TAIL,
                 BLOCK_D0, BLOCK_D1, True, INT64_OFFSETS, INPUT_PRECISION,
             )  # fmt: skip
     row = t * (KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM
@@ -348,32 +489,50 @@ def launch(
     total_tokens_k, kv_heads, _ = k.shape
     sequences = cu_seqlens.shape[0] - 1
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    delta = torch.empty_like(lse)
+    delta, shift = torch.empty_like(lse), torch.empty_like(lse)
+    factor = torch.empty_like(lse) if q.dtype == torch.float32 else None
     if configurations is None:
         configurations = preferred("grad_q", head_dim, q.dtype), preferred("grad_kv", head_dim, q.dtype)
     for_q, for_kv = configurations
-    strides = q.stride(0), k.stride(0), v.stride(0)
-    sizes = total_tokens, total_tokens_k, sequences, scale, scale * LOG2_E.value
-    constants = {
-        "STRIDE_QH": q.stride(1),
-        "STRIDE_KH": k.stride(1),
-        "STRIDE_VH": v.stride(1),
+    (times_q, of_q), (times_k, of_k), (times_v, of_v) = head_stride(q), head_stride(k), head_stride(v)
+    shared = {
+        "cu_seqlens_ptr": cu_seqlens,
+        "cu_seqlens_k_ptr": cu_seqlens_k,
+        "total_tokens": total_tokens,
+        "total_tokens_k": total_tokens_k,
+        "sequences": sequences,
+        "scale_log2": max(scale * LOG2_E.value, SMALLEST_SCALE),
+        "stride_q": q.stride(0),
+        "stride_k": k.stride(0),
+        "times_qh": times_q,
+        "times_kh": times_k,
+        "STRIDE_QH": of_q,
+        "STRIDE_KH": of_k,
         "GROUP": heads // kv_heads,
         "HEAD_DIM": head_dim,
         "SEARCH": 128,
     }
+    of_values = {"scale": scale, "stride_v": v.stride(0), "times_vh": times_v, "STRIDE_VH": of_v}
     if total_tokens:
         programs = triton.cdiv(total_tokens, for_q["BLOCK_M"]) + sequences
+        exact_lse_kernel[(programs, heads)](
+            q, k, lse, shift, factor, **shared,
+            **{name: value for name, value in for_q.items() if name != "BLOCK_N"},
+            LARGE=LARGE_LSE[q.dtype], INT64_OFFSETS=total_tokens_k * k.stride(0) >= 2**31,
+        )  # fmt: skip
+        if factor is not None:
+            # All that follows is linear in a row's gradients. In half precision they would be rounded once more, to
+            # less than what the factor mends.
+            grad = grad * factor.T[..., None]
+            grad_lse = None if grad_lse is None else grad_lse * factor
         grad_q_kernel[(programs, heads)](
-            grad, grad_lse, q, k, v, out, lse, grads[0], delta, cu_seqlens, cu_seqlens_k,
-            *strides, *sizes, **constants, **for_q,
+            grad, grad_lse, q, k, v, out, shift, grads[0], delta, **shared, **of_values, **for_q,
             HEADS=heads, INT64_OFFSETS=total_tokens_k * max(k.stride(0), v.stride(0)) >= 2**31,
         )  # fmt: skip
     if total_tokens_k:
         programs = triton.cdiv(total_tokens_k, for_kv["BLOCK_N"]) + sequences
         grad_kv_kernel[(programs, kv_heads)](
-            grad, q, k, v, lse, delta, *grads[1:], cu_seqlens, cu_seqlens_k,
-            *strides, *sizes, **constants, **for_kv,
+            grad, q, k, v, delta, shift, *grads[1:], **shared, **of_values, **for_kv,
             KV_HEADS=kv_heads, INT64_OFFSETS=total_tokens * max(q.stride(0), grad.stride(0)) >= 2**31,
         )  # fmt: skip
     return grads

@@ -14,6 +14,9 @@ from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, ScanOps, T
 
 from vit_kernels.testing import _bfloat16 as bfloat16
 
+STEP = 16
+"""Columns of fp16 that a matrix instruction multiplies."""
+
 Method = Callable[..., Any]
 Hook = tuple[object, str, Method]
 
@@ -109,10 +112,28 @@ def _fp_to_fp() -> Method:
 def _dot() -> Method:
     stock = InterpreterBuilder.create_dot
 
-    def create_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *args: Any) -> TensorHandle:
-        return stock(self, _widened(a), _widened(b), *args)
+    def create_dot(
+        self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *args: Any
+    ) -> TensorHandle:
+        a, b = _widened(a), _widened(b)
+        if d.data.dtype != np.float32 or a.data.dtype not in (np.float16, np.float32):
+            return stock(self, a, b, d, *args)
+        return TensorHandle(_sum_in_steps(a.data, b.data, d.data), d.dtype.scalar)
 
     return create_dot
+
+
+def _sum_in_steps(a: Any, b: Any, total: Any) -> Any:
+    """a @ b + total as matrix instructions make it: STEP products at a time are added to a sum in fp32.
+
+    The products and sums of a step are in fp64, so that an element depends on its row and column alone, and not, as
+    in a BLAS, on where in which block it stands.
+    """
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    for first in range(0, a.shape[-1], STEP):
+        step = slice(first, first + STEP)
+        total = (total + a[..., step] @ b[..., step, :]).astype(np.float32)
+    return total
 
 
 def get_bf16(self: InterpreterBuilder, value: float) -> TensorHandle:

@@ -90,6 +90,24 @@ def strided_tensors(draw: st.DrawFn, shape: Sequence[int], dtype: torch.dtype) -
     return dataclasses.replace(padded, tensor=padded.tensor.permute(*inverse, -1))
 
 
+def special_values(dtype: torch.dtype) -> tuple[float, ...]:
+    """Zeros, infinities, NaN, a subnormal number and the largest ones."""
+    limits = torch.finfo(dtype)
+    return 0.0, -0.0, float("inf"), -float("inf"), float("nan"), limits.smallest_normal / 4, limits.max, -limits.max
+
+
+@st.composite
+def special_tensors(
+    draw: st.DrawFn, shape: Sequence[int], dtype: torch.dtype, values: Sequence[float] | None = None
+) -> torch.Tensor:
+    """Standard normal values, up to six of them replaced by `special_values`, or by those given."""
+    x = seeded_tensor(shape, dtype, draw(seeds()))
+    kinds = st.sampled_from(special_values(dtype) if values is None else values)
+    for _ in range(draw(st.integers(0, 6)) if x.numel() else 0):
+        x[tuple(draw(st.integers(0, size - 1)) for size in shape)] = draw(kinds)
+    return x
+
+
 class PackedQKV(NamedTuple):
     """q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim]: views of the rows of one projection."""
 
