@@ -45,7 +45,7 @@ def new_process() -> Iterator[None]:
 
 def forget() -> None:
     torch._dynamo.reset()
-    store._directories.clear()
+    store._forget()
 
 
 def compiled(folder: Path, tag: str = "small", *, grad: bool = False, **fields: Any) -> None:
