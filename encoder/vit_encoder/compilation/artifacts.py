@@ -127,7 +127,7 @@ def _triton_version() -> str:
 
 
 def _folder(path: Path) -> Path | None:
-    """This process's own directory for the artefact at `path`, with what is there; None if it cannot be made."""
+    """A directory of this process for the artefact at `path`, with what is there; None if it cannot be made."""
     if path in _directories:
         # Never loaded again, over files that this process has mapped already.
         return _directories[path]

@@ -226,6 +226,7 @@ def _traced(
 
 def _compile(program: ExportedProgram, module: nn.Module, path: Path) -> None:
     config = getattr(module, "compilation_config", None) or CompilationConfig()
+    # Not around the tracing, which waits for Dynamo's lock: who compiles takes that one first.
     with compilation_lock, workarounds():
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=config.options())
 
