@@ -7,18 +7,24 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from vit_encoder import Llama4VisionConfig, Llama4VisionModel, export, load, support_torch_compile
 from vit_encoder.compilation import DeployedModule, deployed, exporting, manifest
 from vit_encoder.compilation.artifacts import package_code
 from vit_encoder.initialise import initialise_
+
+from tests.support import assert_same_bits
 
 CONFIG = replace(Llama4VisionConfig.tiny(), num_hidden_layers=2)
 TILES = (1, 17, 2, 33)
@@ -137,6 +143,75 @@ def test_threads_take_turns(encoder: Path) -> None:
     """
     # In the same process a deadlock would stop the tests.
     assert in_another_process(script, encoder) == "True\n"
+
+
+@support_torch_compile(dynamic_arg_dims={"x": 0})
+class Various(nn.Module):
+    """Weights of every shape, dtype, layout and role; each changes the result, but for the unused and empty ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for elements in (*range(1, 10), 16):
+            # Equal values: what Inductor folds.
+            self.register_parameter(f"of_{elements}", nn.Parameter(torch.ones(elements)))
+        packed = torch.arange(24.0).view(4, 6)
+        self.scalar = nn.Parameter(torch.tensor(2.0))
+        self.transposed = nn.Parameter(torch.ones(3, 2).t())
+        self.columns, self.others = (nn.Parameter(packed[:, start::2]) for start in (0, 1))
+        self.brain = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+        self.double_ = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+        self.unused, self.empty = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(0, 3))
+        self.register_buffer("whole", torch.tensor([1, 2, 3]))
+        self.register_buffer("flag", torch.tensor(True))
+        self.register_buffer("outside", torch.ones(16), persistent=False)
+        self.table = torch.arange(12.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: [n, 16] -> [n, 16]."""
+        weights = dict([*self.named_parameters(), *self.named_buffers()])
+        vectors = [(index + 1) * (weights[f"of_{index + 1}"] + 1).sum() for index in range(9)]
+        x = x * (weights["of_16"] + 1) * self.scalar + torch.stack(vectors).sum() + weights["outside"]
+        x = x + (self.transposed.t() * 2).sum(0).prod() + (self.columns * self.others.t().reshape(4, 3)).sum()
+        x = x + self.brain.view(2, 2).t().float().sum() + self.double_.float() + weights["whole"].sum()
+        x = torch.where(weights["flag"], x, x.neg()) + torch.tensor([float(i) for i in range(16)]) * self.table.sum()
+        return x + self.empty.sum() + torch.zeros_like(self.unused).sum()
+
+
+@pytest.fixture(scope="module")
+def various(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(Various(), [torch.ones(3, 16)], tmp_path_factory.mktemp("deployed") / "various")
+
+
+VARIOUS = {name: x.detach() for name, x in [*Various().named_parameters(), *Various().named_buffers()]}
+
+
+@torch.no_grad()
+@given(
+    given_names=st.sets(st.sampled_from(sorted(VARIOUS)), min_size=1),
+    layout=st.sampled_from(["plain", "unaligned", "transposed", "with gradients"]),
+    seed=st.integers(0, 9),
+)
+def test_every_weight_takes_any_values(various: Path, given_names: set[str], layout: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    module, x = Various(), torch.randint(-9, 9, (2, 16)).float()
+    own = dict([*module.named_parameters(), *module.named_buffers()])
+    weights: dict[str, Tensor] = {}
+    for name in sorted(given_names):
+        values = torch.randint(-9, 9, VARIOUS[name].shape).to(VARIOUS[name].dtype)
+        own[name].copy_(values)
+        if layout == "unaligned":
+            values = torch.cat([values.flatten()[:1], values.flatten()])[-values.numel() :].view(values.shape)
+        elif layout == "transposed":
+            values = values.mT.contiguous().mT if values.dim() == 2 else values
+        elif layout == "with gradients" and values.is_floating_point():
+            values = nn.Parameter(values)
+        weights[name] = values
+    # Sums of whole numbers are exact in any order.
+    assert_same_bits(load(various, weights=weights)(x), module(x))
+
+
+def test_the_manifest_names_every_weight_and_no_other(various: Path) -> None:
+    assert set(json.loads((various / manifest.MANIFEST).read_text())["weights"]) == set(VARIOUS)
 
 
 @torch.no_grad()
@@ -304,6 +379,93 @@ class Pair(Conditional):
         return x, x * self.weight
 
 
+@support_torch_compile(dynamic_arg_dims={"x": 0})
+class Nothing(nn.Module):
+    """No result."""
+
+    def forward(self, x: Tensor) -> None:
+        """Shapes: [n, 3]."""
+
+
+@support_torch_compile(dynamic_arg_dims={"x": 0})
+class Size(nn.Module):
+    """A number."""
+
+    def forward(self, x: Tensor) -> int:
+        """Shapes: [n, 3]."""
+        return x.shape[0]
+
+
+@support_torch_compile(dynamic_arg_dims={"x": 0})
+class Counts(Conditional):
+    """Counts its calls in a buffer."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: [n, 3] -> [n, 3]."""
+        self.calls.add_(1)
+        return x * self.weight
+
+
+@support_torch_compile(dynamic_arg_dims={"x": 0})
+class WritesToItsArgument(nn.Module):
+    """Through a view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: [n, 3] -> [n, 3]."""
+        x[:, 1:].mul_(2)
+        return x + 1
+
+
+@support_torch_compile(dynamic_arg_dims={"x": 0})
+class Noisy(nn.Module):
+    """Something else in train mode, where no class of a part says so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: [n, 3] -> [n, 3]."""
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+@support_torch_compile(dynamic_arg_dims={"x": 0})
+class Two(nn.Module):
+    """Two buffers that forward does not read."""
+
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("first", first)
+        self.register_buffer("second", second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: [n, 3] -> [n, 3]."""
+        return x + 1
+
+
+def changed(module: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """The module with another parameter of this name."""
+    setattr(module, name, nn.Parameter(change(getattr(module, name).detach())))
+    return module
+
+
+def wrapped(x: Tensor) -> Tensor:
+    """A tensor of a subclass that holds its values elsewhere, as quantised and distributed ones do."""
+    return TwoTensor(x, x)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports come as far as the compiler."""
+
+    def compiles(*args: Any) -> None:
+        raise AssertionError("would compile")
+
+    monkeypatch.setattr(exporting, "_compile", compiles)
+
+
 @pytest.mark.parametrize(
     ("module", "args", "error", "message"),
     [
@@ -313,13 +475,69 @@ class Pair(Conditional):
         (Small(), [torch.ones(2, 3)] * 3, TypeError, "args: got 3, expected at most 2: x, y"),
         (Pair(), [torch.ones(2, 3)], TypeError, r"module: got a result of [\s\S]*, expected one tensor"),
         (Conditional(), [torch.ones(6, 3)], ValueError, "x: got a graph that holds for .*, expected one for every"),
+        (Nothing(), [torch.ones(2, 3)], TypeError, "module: got a result of .*, expected one tensor"),
+        (Size(), [torch.ones(2, 3)], TypeError, "module: got a result of .*, expected one tensor"),
+        (Conditional(), torch.ones(2, 3), TypeError, "args: got one tensor, expected one or more tensors in a seq"),
+        (Conditional(), [torch.ones(2, 3).to_sparse()], TypeError, "x: got a Tensor of layout torch.sparse_coo"),
+        (Conditional(), [torch.ones(2, 3, device="meta")], ValueError, "x: got device meta, expected .* values"),
+        (Conditional(), [torch.tensor(1.0)], ValueError, r"x: got shape \(\), expected dimensions 0"),
+        (Small(), [torch.ones(2, 3), torch.ones(2, 3, device="meta")], ValueError, "y: got device meta, expected cpu"),
+        (Conditional().to("meta"), [torch.ones(6, 3)], ValueError, "module: got weight on meta, expected cpu"),
+        (changed(Conditional(), "weight", wrapped), [torch.ones(6, 3)], TypeError, "module: weight: got a TwoTensor"),
+        (changed(Counts(), "weight", Tensor.clone), [torch.ones(6, 3)], ValueError, "module: .* writes to calls"),
+        (WritesToItsArgument(), [torch.ones(6, 3)], ValueError, "module: got a forward that writes to x"),
+        (Small().train(), [torch.ones(2, 3)] * 2, AssertionError, "would compile"),
+        (Noisy(), [torch.ones(2, 3)], ValueError, "module: got train mode, .* expected eval"),
+        (Noisy().eval(), [torch.ones(2, 3)], AssertionError, "would compile"),
     ],
 )
 def test_what_cannot_be_exported(
-    module: nn.Module, args: list[Any], error: type[Exception], message: str, tmp_path: Path
+    module: nn.Module, args: Any, error: type[Exception], message: str, tmp_path: Path, no_compiler: None
 ) -> None:
+    training = [part.training for part in module.modules()]
     with pytest.raises(error, match=message):
         export(module, args, tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
+    assert [part.training for part in module.modules()] == training
+
+
+@pytest.mark.parametrize(
+    "share",
+    [
+        pytest.param(lambda x: (x, x), id="the very tensor"),
+        pytest.param(lambda x: (x, x.view(-1)), id="another shape"),
+        pytest.param(lambda x: (x[:3], x[2:]), id="a part"),
+        pytest.param(lambda x: (x[::2], x[1:3]), id="rows of a part"),
+        pytest.param(lambda x: (x, x.view(torch.int32)), id="another dtype"),
+        pytest.param(lambda x: (x[0].expand(3, 4), x[:1]), id="expanded"),
+    ],
+)
+def test_tied_weights_are_refused_before_compiling(share: Any, tmp_path: Path, no_compiler: None) -> None:
+    first, second = share(torch.ones(4, 4))
+    with pytest.raises(ValueError, match="module: got first and second in the same memory, expected weights of their"):
+        export(Two(first, second), [torch.ones(2, 3)], tmp_path / "folder")
+    part = Two(torch.ones(2), torch.ones(3))
+    part.again = nn.ModuleList([inner := nn.Linear(2, 2), inner])
+    with pytest.raises(ValueError, match=r"module: got again\.0\.\w+ and again\.1\.\w+ in the same memory"):
+        export(part, [torch.ones(2, 3)], tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", [lambda x: (x[:2], x[2:]), lambda x: (x[:, ::2], x[:, 1::2]), lambda x: (x[:0], x)])
+def test_weights_that_lie_beside_one_another_are_not_tied(part: Any, tmp_path: Path, no_compiler: None) -> None:
+    with pytest.raises(AssertionError, match="would compile"):
+        export(Two(*part(torch.ones(4, 4))), [torch.ones(2, 3)], tmp_path / "folder")
+
+
+def test_autocast_is_refused_by_both(small: Path, tmp_path: Path, no_compiler: None) -> None:
+    x, run = torch.ones(2, 3), load(small)
+    with torch.autocast("cpu"):
+        with pytest.raises(ValueError, match="autocast: got it enabled for cpu, expected none"):
+            export(Small(), [x, x], tmp_path / "folder")
+        with pytest.raises(ValueError, match="autocast: got it enabled for cpu, expected none"):
+            run(x, x)
+        with torch.autocast("cpu", enabled=False):
+            run(x, x)
     assert not list(tmp_path.iterdir())
 
 

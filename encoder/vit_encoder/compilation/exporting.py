@@ -198,7 +198,7 @@ def _program(
         if evaluated.graph_module.code != program.graph_module.code:
             raise ValueError("module: got train mode, which computes something else here, expected eval mode")
     outputs = program.graph.output_node().args[0]
-    if not (program.call_spec.out_spec.is_leaf() and isinstance(outputs[0].meta.get("val"), Tensor)):
+    if not (program.call_spec.out_spec.is_leaf() and isinstance(getattr(outputs[0], "meta", {}).get("val"), Tensor)):
         raise TypeError(f"module: got a result of {program.call_spec.out_spec}, expected one tensor")
     if any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in program.graph.nodes):
         program = program.run_decompositions({})
