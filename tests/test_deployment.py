@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 from vit_encoder import Llama4VisionConfig, Llama4VisionModel, export, load, support_torch_compile
 from vit_encoder.compilation import DeployedModule, deployed, exporting, manifest
@@ -77,6 +78,11 @@ def pixels(tiles: int, seed: int = 0) -> Tensor:
 def edit(folder: Path, **fields: Any) -> None:
     path = folder / manifest.MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def wrapped(x: Tensor) -> Tensor:
+    """A tensor of a subclass that holds its values elsewhere, as quantised and distributed ones do."""
+    return TwoTensor(x, x)
 
 
 def in_another_process(script: str, *arguments: str | Path) -> str:
@@ -237,11 +243,15 @@ def test_a_configuration_that_is_expected(encoder: Path) -> None:
         ({"weight": torch.ones(4)}, ValueError, r"weights: got weight of .*\[4\].*expected .*\[3\]"),
         ({"weight": torch.ones(3).double()}, TypeError, "weights: got weight of .*float64.*expected .*float32"),
         ({"weigth": torch.ones(3)}, ValueError, "weights: got weigth, expected names of Small's weights"),
+        ({0: torch.ones(3)}, ValueError, "weights: got 0, expected names of Small's weights"),
+        ({"weight": [1.0, 2.0, 3.0]}, TypeError, "weights: weight: got list, expected a tensor"),
+        ({"weight": torch.ones(3).to_sparse()}, TypeError, "weights: weight: got a Tensor of layout torch.sparse_coo"),
+        ({"weight": wrapped(torch.ones(3))}, TypeError, "weights: weight: got a TwoTensor"),
+        ({"weight": torch.ones(3, device="meta")}, ValueError, "weights: got weight on meta, expected .* values"),
+        ([torch.ones(3)], TypeError, "weights: got list, expected a mapping"),
     ],
 )
-def test_other_weights_are_refused(
-    weights: dict[str, Tensor], error: type[Exception], message: str, small: Path
-) -> None:
+def test_other_weights_are_refused(weights: Any, error: type[Exception], message: str, small: Path) -> None:
     with pytest.raises(error, match=message):
         load(small, weights=weights)
 
@@ -249,6 +259,9 @@ def test_other_weights_are_refused(
 def test_another_surrounding_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="device: got cuda, expected cpu"):
         load(copy, device="cuda")
+    with pytest.raises(ValueError, match="device: got 'gpu', expected a device of torch"):
+        load(copy, device="gpu")
+    assert load(copy, device="cpu:0")(torch.ones(2, 3), torch.ones(2, 3)).shape == (2,)
     edit(copy, torch="2.0.0")
     with pytest.raises(ValueError, match=r"torch: got 2\.\S+, expected 2\.0\.0 as at the export"):
         load(copy)
@@ -273,8 +286,65 @@ def test_the_packages_of_the_ops_are_imported(copy: Path, tmp_path: Path, monkey
     (tmp_path / "ops_of_a_user.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     edit(copy, ops={"packages": ["ops_of_a_user"], "code": package_code(["ops_of_a_user"])})
+    with pytest.raises(ValueError, match="configuration: got"):
+        load(copy, configuration={"layers": 3})
+    assert "ops_of_a_user" not in sys.modules
     load(copy)
     assert sys.modules.pop("ops_of_a_user")
+
+
+@pytest.mark.parametrize(
+    ("packages", "code"),
+    [
+        (["ops_of_nobody"], None),
+        (["ops_of_nobody"], ""),
+        (["ops_of_nobody"], package_code(["json"])),
+        (["json", "ops_of_nobody"], package_code(["json"])),
+        (["ops_of_nobody.inner"], package_code(["json"])),
+        (["../ops_of_nobody"], package_code(["json"])),
+        (["no_such_package"], "0" * 64),
+        (["sys"], "0" * 64),
+        (["ops_of_nobody", 3], "0" * 64),
+        ("ops_of_nobody", "0" * 64),
+    ],
+)
+def test_no_package_is_imported_that_is_not_the_one_of_the_export(
+    packages: Any, code: str | None, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ops_of_nobody").mkdir()
+    for name in ("__init__", "inner"):
+        (tmp_path / "ops_of_nobody" / f"{name}.py").write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(tmp_path)
+    edit(copy, ops={"packages": packages, "code": code})
+    with pytest.raises(ValueError, match="ops"):
+        load(copy)
+
+
+OTHER_VALUES = {
+    "format": (0, "2", None),
+    "module": (None, 3, ["Small"]),
+    "inputs": (None, {}, ["x"], [{"name": "x", "dtype": "torch.float32"}]),
+    "weights": (None, [], {"weight": "torch.float32"}, {"weight": {"dtype": "torch.float32", "shape": [3.0]}}),
+    "torch": (None, 2.13),
+    "machine": (None, "cpu", {"type": "cpu"}, {"type": "abacus", "features": []}, {"type": "cuda"}),
+    "ops": (None, [], {"packages": []}, {"code": ""}),
+    "graph_sha256": (None, 0, "", "0" * 63),
+}
+
+
+@pytest.mark.parametrize("key", [*OTHER_VALUES, "configuration"])
+def test_a_manifest_without_a_key_or_with_another_type_is_one_error(key: str, copy: Path) -> None:
+    path = copy / manifest.MANIFEST
+    whole = json.loads(path.read_text())
+    shape_of_text, shape_below_0 = ([whole["inputs"][0] | {"shape": shape}] for shape in (["4*"], ["-s0"]))
+    others = OTHER_VALUES.get(key, ()) + ((shape_of_text, shape_below_0) if key == "inputs" else ())
+    for broken in ({name: whole[name] for name in whole if name != key}, *(whole | {key: value} for value in others)):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=rf"{manifest.MANIFEST}: got .*({key}|another format)"):
+            load(copy)
+    path.write_text(json.dumps({"format": manifest.FORMAT}))
+    with pytest.raises(ValueError, match="got no module, no configuration, no inputs, no weights, no torch, no mach"):
+        load(copy)
 
 
 @pytest.mark.parametrize("name", [manifest.GRAPH, manifest.WEIGHTS, manifest.MANIFEST])
@@ -310,11 +380,41 @@ def test_a_file_with_other_weights_gives_no_module(copy: Path) -> None:
         ([torch.ones(3), torch.ones(2, 3)], ValueError, r"x: got shape \(3,\)"),
         ([torch.ones(2, 3), torch.ones(5, 3)], ValueError, r"y: got shape \(5, 3\), expected .*, where \{'s\d+': 2\}"),
         ([torch.ones(2, 3, requires_grad=True), torch.ones(2, 3)], ValueError, "x: got requires_grad"),
+        ([[[1.0, 2.0, 3.0]], torch.ones(1, 3)], TypeError, "x: got list, expected a tensor"),
+        ([torch.ones(2, 3).to_sparse(), torch.ones(2, 3)], TypeError, "x: got a Tensor of layout torch.sparse_coo"),
+        ([wrapped(torch.ones(2, 3)), torch.ones(2, 3)], TypeError, "x: got a TwoTensor"),
+        (
+            [torch.nested.nested_tensor([torch.ones(3)], layout=torch.jagged), torch.ones(1, 3)],
+            TypeError,
+            "x: got a NestedTensor of layout",
+        ),
     ],
 )
 def test_bad_arguments(args: list[Any], error: type[Exception], message: str, small: Path) -> None:
     with pytest.raises(error, match=message):
         load(small)(*args)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # of torch's own dual tensors
+def test_no_gradient_is_lost_silently(small: Path) -> None:
+    x, run = torch.ones(2, 3), load(small, weights={"weight": torch.ones(3, requires_grad=True)})
+    assert not run(x, x).requires_grad
+    with torch.no_grad():
+        assert run(x.clone().requires_grad_(), x).shape == (2,)
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="y: got a dual tensor, expected none"):
+        run(x, forward_ad.make_dual(x, x))
+    for transform in (torch.func.vmap, lambda f: torch.func.grad(lambda x, y: f(x, y).sum())):
+        with pytest.raises((ValueError, RuntimeError)):
+            transform(run)(torch.ones(2, 2, 3), torch.ones(2, 2, 3))
+
+
+@torch.no_grad()
+def test_a_negative_view_is_its_values(small: Path) -> None:
+    x = torch.randn(2, 3, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(load(small)(x, x), Small()(x, x))
+    weights = {"weight": x[0]}
+    torch.testing.assert_close(load(small, weights=weights)(x, x), load(small, weights={"weight": x[0] + 0})(x, x))
 
 
 @support_torch_compile(dynamic_arg_dims={"x": 0, "order": 0})
@@ -451,11 +551,6 @@ def changed(module: nn.Module, name: str, change: Callable[[Tensor], Tensor]) ->
     return module
 
 
-def wrapped(x: Tensor) -> Tensor:
-    """A tensor of a subclass that holds its values elsewhere, as quantised and distributed ones do."""
-    return TwoTensor(x, x)
-
-
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports come as far as the compiler."""
@@ -545,8 +640,36 @@ def test_other_users_may_read_the_folder_and_nothing_lies_beside_it(small: Path)
     expected = small.parent / "made here"
     expected.mkdir()
     assert small.stat().st_mode == expected.stat().st_mode
-    expected.rmdir()
+    (expected / "file").touch()
+    modes = {file.name: file.stat().st_mode for file in small.iterdir()}
+    assert set(modes.values()) == {(expected / "file").stat().st_mode}, modes
+    shutil.rmtree(expected)
     assert list(small.parent.iterdir()) == [small]
+
+
+def test_a_tilde_is_the_home(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(copy.parent))
+    with pytest.raises(FileExistsError, match=f"folder: got {copy}, expected"):
+        export(Small(), [torch.ones(2, 3)], "~/copy")
+    assert isinstance(load("~/copy"), DeployedModule)
+
+
+def test_a_forked_child_leaves_its_parent_s_files(small: Path) -> None:
+    script = """
+        import gc, os, pathlib, re, sys
+        from vit_encoder import load
+        run = load(sys.argv[1])
+        maps = pathlib.Path("/proc/self/maps").read_text()
+        (library,) = {line.split()[-1] for line in maps.splitlines() if ".wrapper.so" in line}
+        for leave in (os._exit, sys.exit):
+            if (pid := os.fork()) == 0:
+                del run
+                gc.collect()
+                leave(0)
+            assert os.waitpid(pid, 0)[1] == 0
+            print(os.path.exists(library))
+    """
+    assert in_another_process(script, small) == "True\nTrue\n"
 
 
 def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
