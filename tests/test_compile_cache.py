@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,7 +47,7 @@ def new_process() -> Iterator[None]:
 
 def forget() -> None:
     torch._dynamo.reset()
-    store._directories.clear()
+    store._forget()
 
 
 def compiled(folder: Path, tag: str = "small", *, grad: bool = False, **fields: Any) -> None:
@@ -156,6 +158,237 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="cannot write .* Not a directory"):
         compiled(tmp_path / "file" / "below")
+
+
+def stored(folder: Path | str) -> Any:
+    """The block in which a graph is compiled for `folder`, without a compiler."""
+    graph = torch.fx.symbolic_trace(nn.Identity())
+    return store.artifacts(graph, CompilationConfig(compile_mm_encoder=True, cache_dir=folder), "stub")
+
+
+def make(name: str = "made.txt") -> Path:
+    """What a compiler does in that block: a file in the directory that it was told."""
+    file = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("made")
+    return file
+
+
+@pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The process's for the length of a test."""
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_the_files_follow_the_umask(umask: int, tmp_path: Path) -> None:
+    with stored(tmp_path / "cache"):
+        make()
+    (file,) = (tmp_path / "cache").iterdir()
+    assert file.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert file.parent.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_what_another_user_keeps_to_himself_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stored(tmp_path):
+        make()
+    forget()
+    read = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path.suffix == ".artefact":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read(path)
+
+    # Root may read everything: the mode alone would not do.
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.warns(UserWarning, match="cannot read .*Permission denied; compiling again"), stored(tmp_path):
+        make()
+
+
+def test_an_interrupted_or_failed_save_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")):
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "_publish", lambda *args, error=error: (_ for _ in ()).throw(error))
+            caught: Any = (
+                pytest.warns(UserWarning, match="No space left")
+                if isinstance(error, OSError)
+                else pytest.raises(KeyboardInterrupt)
+            )
+            with caught, stored(tmp_path):
+                make()
+        assert list(tmp_path.iterdir()) == []
+    with compilation_counter.expect(artifacts_saved=1), stored(tmp_path):
+        make()
+    with compilation_counter.expect(artifacts_saved=0), stored(tmp_path):
+        make("later.txt")
+
+
+def test_a_compilation_that_fails_saves_nothing_and_is_tried_again(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), stored(tmp_path):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with compilation_counter.expect(artifacts_saved=1), stored(tmp_path):
+        make()
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def full(*args: Any, **options: Any) -> Any:
+    raise FULL
+
+
+def test_a_full_disk_before_the_compilation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    with pytest.warns(UserWarning, match="cache_dir: cannot make .*No space left"), stored(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "step",
+    ["zipfile.ZipFile.write", "pathlib.Path.mkdir", "pathlib.Path.open", "vit_encoder.compilation.artifacts._publish"],
+)
+def test_a_disk_that_fills_up_while_saving(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_the_last_file() -> None:
+        make()
+        monkeypatch.setattr(step, full)
+
+    with pytest.warns(UserWarning, match="cache_dir: cannot write .*No space left"), stored(tmp_path):
+        make_the_last_file()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_while_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stored(tmp_path):
+        make("first.txt")
+    forget()
+
+    def half(archive: Any, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "first.txt").write_text("ma")
+        raise FULL
+
+    monkeypatch.setattr("zipfile.ZipFile.extractall", half)
+    with pytest.warns(UserWarning, match="cannot unpack .*No space left.*; compiling again"), stored(tmp_path):
+        assert not (make("other.txt").parent / "first.txt").exists()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_interrupted_load_leaves_nothing_that_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stored(tmp_path):
+        make()
+    forget()
+
+    def interrupted(archive: Any, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "made.txt").write_text("ma")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zipfile.ZipFile.extractall", interrupted)
+        with pytest.raises(KeyboardInterrupt), stored(tmp_path):
+            pass
+    with stored(tmp_path):
+        assert (Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / "made.txt").read_text() == "made"
+
+
+def test_a_tilde_is_the_home_and_a_relative_folder_the_one_of_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for folder, found in (("~/home", "home"), ("here", "here")):
+        with stored(folder):
+            make()
+        assert len(list((tmp_path / found).iterdir())) == 1
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir("there")
+    with stored("here"):
+        make()
+    assert len(list((tmp_path / "there" / "here").iterdir())) == 1
+
+
+def test_the_environment_stays_what_others_make_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("CHANGED_BY_A_THREAD", "0")
+    monkeypatch.setenv("DELETED_BY_A_THREAD", "0")
+    monkeypatch.delenv("SET_BY_A_THREAD", raising=False)
+
+    def change() -> None:
+        os.environ.update(CHANGED_BY_A_THREAD="1", SET_BY_A_THREAD="1")
+        del os.environ["DELETED_BY_A_THREAD"]
+
+    with stored(tmp_path):
+        folder = make().parent
+        assert Path(os.environ["TRITON_CACHE_DIR"]).is_relative_to(folder)
+        thread = threading.Thread(target=change)
+        thread.start()
+        thread.join()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "before"
+    assert "TRITON_CACHE_DIR" not in os.environ
+    assert os.environ["CHANGED_BY_A_THREAD"] == os.environ.pop("SET_BY_A_THREAD") == "1"
+    assert "DELETED_BY_A_THREAD" not in os.environ
+
+
+FORKS = """
+    import multiprocessing, os, sys
+    from pathlib import Path
+    import torch
+    from vit_encoder import CompilationConfig
+    from vit_encoder.compilation.artifacts import artifacts
+
+    def make(folder):
+        graph = torch.fx.symbolic_trace(torch.nn.Identity())
+        with artifacts(graph, CompilationConfig(compile_mm_encoder=True, cache_dir=folder), "stub"):
+            file = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / "made.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("made")
+        return file
+
+    def child(file, folder, told):
+        told.write_text(str(own := make(folder)))
+        assert own != file and file.exists()
+
+    if __name__ == "__main__":
+        folder = Path(sys.argv[1])
+        file = make(folder / "cache")
+        ways = ("exit", "multiprocessing")
+        for way in ways:
+            arguments = (file, folder / "cache", folder / way)
+            if way == "exit":
+                if (pid := os.fork()) == 0:
+                    child(*arguments)
+                    sys.exit()
+                assert os.waitpid(pid, 0)[1] == 0
+            else:
+                process = multiprocessing.get_context("fork").Process(target=child, args=arguments)
+                process.start()
+                process.join()
+                assert process.exitcode == 0
+        print(file.exists(), *(Path((folder / way).read_text()).parent.parent.exists() for way in ways))
+        (folder / "parent").write_text(str(file))
+"""
+
+
+def test_forked_children_have_directories_of_their_own_and_delete_only_these(tmp_path: Path) -> None:
+    assert printed(run(FORKS, str(tmp_path))) == "True False False"
+    assert not Path((tmp_path / "parent").read_text()).parent.parent.exists()
+
+
+def test_packages_whose_code_cannot_be_seen_have_no_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
+        archive.writestr("ops_in_an_archive/__init__.py", "")
+    (tmp_path / "ops_in_latin_1.py").write_bytes("# -*- coding: latin-1 -*-\n# \xe9".encode("latin-1"))
+    monkeypatch.syspath_prepend(tmp_path / "packed.zip")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "without_a_spec", ModuleType("without_a_spec"))
+    for name in ("sys", "without_a_spec", "no_such_package", "ops_in_an_archive"):
+        assert store.package_code([name]) is None
+    assert store.package_code(["ops_in_latin_1"])
 
 
 def run(script: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:

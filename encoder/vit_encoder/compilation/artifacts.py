@@ -8,7 +8,6 @@ a truncated file to break.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import hashlib
@@ -16,13 +15,14 @@ import importlib.util
 import io
 import os
 import platform
+import secrets
 import shutil
 import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
+from multiprocessing.util import Finalize
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch._functorch.config
@@ -30,10 +30,13 @@ from torch.fx import GraphModule
 
 from vit_encoder.compilation.config import CompilationConfig
 from vit_encoder.compilation.counter import compilation_counter
+from vit_encoder.compilation.workarounds import compilation_lock
 
 _publish = os.replace
 _MAGIC = b"vit_encoder artefact 1\n"
-_directories: dict[Path, str] = {}
+_directories: dict[Path, Path] = {}
+_complete: set[Path] = set()
+"""The artefacts that this process has loaded or saved: an interrupted or failed save is tried again."""
 
 
 @contextlib.contextmanager
@@ -50,18 +53,21 @@ def artifacts(graph: GraphModule, config: CompilationConfig, tag: str) -> Iterat
         return
     text = "\n".join([code, config.as_text(), graph.print_readable(print_output=False), *_environment()])
     key = _hash(text)
-    path = Path(config.cache_dir) / f"{tag}-{key[:32]}.artefact"
-    new = path not in _directories
+    path = Path(os.path.expanduser(config.cache_dir)).absolute() / f"{tag}-{key[:32]}.artefact"
     with (
         torch.compiler.config.patch(cache_key_tag=key),  # type: ignore[attr-defined]
         # Otherwise the backward is compiled at its first call, too late for the archive.
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
-        _private_directory(path) as folder,
+        # The variables are the whole process's.
+        compilation_lock,
     ):
-        # Never over files that this process has mapped already.
-        known = new and _load(path, folder)
-        yield
-        if new and not known:
+        folder = _folder(path)
+        if folder is None:
+            yield
+            return
+        with _variables(TORCHINDUCTOR_CACHE_DIR=str(folder), TRITON_CACHE_DIR=str(folder / "triton")):
+            yield
+        if path not in _complete:
             _save(path, folder)
 
 
@@ -86,16 +92,23 @@ def package_code(names: Iterable[str]) -> str | None:
 
 @functools.cache
 def _package_hash(name: str) -> str | None:
-    spec = importlib.util.find_spec(name)
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:
+        # Of a module without a spec, such as __main__.
+        return None
     if spec is None or spec.origin is None:
         return None
     origin = Path(spec.origin)
     files = sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations else [origin]
-    return _hash("".join(f"{file.relative_to(origin.parent)}\n{file.read_text(encoding='utf-8')}" for file in files))
+    if not all(file.is_file() for file in files or [origin]):
+        # Built in, or inside of an archive.
+        return None
+    return _hash("".join(f"{file.relative_to(origin.parent)}\n{_hash(file.read_bytes())}\n" for file in files))
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _hash(content: str | bytes) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
 def _environment() -> list[str]:
@@ -113,19 +126,51 @@ def _triton_version() -> str:
         return ""
 
 
+def _folder(path: Path) -> Path | None:
+    """A directory of this process for the artefact at `path`, with what is there; None if it cannot be made."""
+    if path in _directories:
+        # Never loaded again, over files that this process has mapped already.
+        return _directories[path]
+    try:
+        private = tempfile.mkdtemp(prefix="vit_encoder-")
+    except OSError as error:
+        warnings.warn(f"cache_dir: cannot make a folder for {path.name}: {error}; compiling without it", stacklevel=2)
+        return None
+    # Not before the end: code is loaded from there. By nobody but this process: forked children run atexit too.
+    Finalize(None, shutil.rmtree, args=(private,), kwargs={"ignore_errors": True}, exitpriority=0)
+    folder = Path(private) / "artefact"
+    if _load(path, folder):
+        _complete.add(path)
+    _directories[path] = folder
+    return folder
+
+
+def _forget() -> None:
+    """In a forked child: the directories are its parent's, which deletes them at its own end."""
+    _directories.clear()
+    _complete.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
 @contextlib.contextmanager
-def _private_directory(path: Path) -> Iterator[Path]:
-    if path not in _directories:
-        folder = _directories[path] = tempfile.mkdtemp(prefix="vit_encoder-")
-        # Not before: code is loaded from there.
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    folder = _directories[path]
-    with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder):
-        yield Path(folder)
+def _variables(**values: str) -> Iterator[None]:
+    """Environment variables for a while, one by one: other threads may change others meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _load(path: Path, folder: Path) -> bool:
-    """Whether `folder` now holds what the file at `path` does."""
+    """Whether `folder`, which is new, now holds what the file at `path` does."""
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -137,34 +182,46 @@ def _load(path: Path, folder: Path) -> bool:
     if header != _MAGIC + hashlib.sha256(archive).digest():
         warnings.warn(f"cache_dir: {path.name} is truncated or not an artefact; compiling again", stacklevel=2)
         return False
-    with zipfile.ZipFile(io.BytesIO(archive)) as files:
-        files.extractall(folder)
+    try:
+        with zipfile.ZipFile(io.BytesIO(archive)) as files:
+            files.extractall(folder)
+    except (OSError, zipfile.BadZipFile) as error:
+        warnings.warn(f"cache_dir: cannot unpack {path.name}: {error}; compiling again", stacklevel=2)
+        # Half a library would crash this process.
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
     compilation_counter.artifacts_loaded += 1
     return True
 
 
 def _save(path: Path, folder: Path) -> None:
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as files:
-        for file in sorted(folder.rglob("*")):
-            if file.is_file() and file.suffix != ".lock":
-                files.write(file, file.relative_to(folder))
-    content = archive.getvalue()
     try:
+        content = _archive(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, _MAGIC + hashlib.sha256(content).digest() + content)
     except OSError as error:
         warnings.warn(f"cache_dir: cannot write {path.name}: {error}; the next process compiles again", stacklevel=2)
         return
+    _complete.add(path)
     compilation_counter.artifacts_saved += 1
 
 
+def _archive(folder: Path) -> bytes:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as files:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file() and file.suffix != ".lock":
+                files.write(file, file.relative_to(folder))
+    return archive.getvalue()
+
+
 def _replace(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
+    # Not tempfile's: its files are closed to other users, whatever the umask says.
+    new = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with new.open("xb") as file:
             file.write(content)
-        _publish(name, path)
+        _publish(new, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
         raise

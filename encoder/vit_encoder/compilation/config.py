@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import itertools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +43,8 @@ class CompilationConfig:
             endpoint get an artefact of their own: (4, 15, 16) means 1..4, 5..15, 16 (static), 17..MAX_INT. The last
             range is only for encoders; a size above a non-encoder's last endpoint is an error.
         cache_dir: where Inductor's artefacts stay between processes, one file a graph; None leaves them to Inductor.
-        debug_dump_path: a folder that gets the source of every graph and this configuration.
+            They are native code: share the folder only with users whom you trust. `~` is the home.
+        debug_dump_path: a folder that gets the source of every graph and this configuration; `~` is the home.
 
     Raises:
         TypeError: a field of the wrong type.
@@ -170,7 +173,12 @@ def compilation_is_off() -> bool:
 
 
 def dump(path: str | os.PathLike[str], name: str, text: str) -> None:
-    """Write a file of the debug dump, and the folders above it."""
-    target = Path(path) / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")
+    """Write a file of the debug dump, and the folders above it; where that fails, warn: it is not what was called."""
+    target = Path(os.path.expanduser(path)) / name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            target.unlink(missing_ok=True)
+        warnings.warn(f"debug_dump_path: cannot write {target}: {error}", stacklevel=2)

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vit_encoder.compilation.manifest import (
     GRAPH,
     WEIGHTS,
     check_configuration,
+    check_no_autocast,
+    check_plain,
     check_surroundings,
     described,
+    import_ops,
     read_manifest,
 )
 
 _ALIGNMENT = 16
+_runners: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _keep_runners() -> None:
+    """In a forked child, for good: a dying runner deletes the files that it unpacked, and these are the parent's."""
+    for runner in _runners:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(runner))
+
+
+os.register_at_fork(after_in_child=_keep_runners)
 
 
 class DeployedModule:
@@ -31,12 +48,11 @@ class DeployedModule:
         self.manifest = manifest
         self.device = device
         # The graph reads them where they lie, and does not own them.
-        self.weights = weights
+        self.weights = MappingProxyType({name: weights[name] for name in sorted(weights)})
         # aoti_load_package does the same behind an import of all of Inductor.
         index = -1 if device.index is None else device.index
         self._runner = torch._C._aoti.AOTIModelPackageLoader(os.fspath(graph), "model", False, 1, index)
-        constants = {name: weights[name] for name in self._runner.get_constant_fqns()}
-        self._runner.load_constants(constants, False, True, user_managed=True)
+        _runners.add(self._runner)
         # Without it a second thread waits inside the runner for the first, with the interpreter's lock that the
         # first one's custom ops need.
         self._one_at_a_time = threading.Lock()
@@ -48,20 +64,22 @@ class DeployedModule:
             args: those of the export, the sizes of dynamic dimensions free from 1.
 
         Returns:
-            What forward returns.
+            What forward returns, without gradients to the arguments or the weights.
 
         Raises:
-            TypeError: not a tensor, or another dtype.
-            ValueError: another number of arguments, another shape or device, or an argument that requires a gradient.
+            TypeError: not a plain dense tensor, or another dtype.
+            ValueError: another number of arguments, another shape or device, an argument that requires a gradient or
+                has a tangent, or a call under autocast, which would reach nothing inside of the graph.
         """
         expected = self.manifest["inputs"]
         if len(args) != len(expected):
             names = ", ".join(each["name"] for each in expected)
             raise ValueError(f"args: got {len(args)} arguments, expected {len(expected)}: {names}")
+        check_no_autocast(self.device)
         sizes: dict[str, int] = {}
         for x, each in zip(args, expected, strict=True):
             _check_input(x, each, self.device, sizes)
-        inputs = [laid_out(x) for x in args]
+        inputs = [*self.weights.values(), *map(laid_out, args)]
         with self._one_at_a_time:
             (out,) = self._runner.boxed_run(inputs)
         return out
@@ -70,8 +88,7 @@ class DeployedModule:
 def _check_input(x: Tensor, expected: dict[str, Any], device: torch.device, sizes: dict[str, int]) -> None:
     """Compare with the manifest; `sizes` is what its symbols stand for so far."""
     name, shape = expected["name"], expected["shape"]
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor of shape {shape}")
+    check_plain(name, x)
     if str(x.dtype) != expected["dtype"]:
         raise TypeError(f"{name}: got {x.dtype}, expected {expected['dtype']}")
     if x.device != device:
@@ -83,6 +100,8 @@ def _check_input(x: Tensor, expected: dict[str, Any], device: torch.device, size
         )
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: got requires_grad, expected none: a deployed module has no gradients")
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise ValueError(f"{name}: got a dual tensor, expected none: a deployed module has no gradients")
 
 
 def _fits(size: int, known: int | str, sizes: dict[str, int]) -> bool:
@@ -94,8 +113,8 @@ def _fits(size: int, known: int | str, sizes: dict[str, int]) -> bool:
 
 
 def laid_out(x: Tensor) -> Tensor:
-    """As the generated code takes it: contiguous, on a boundary of 16 bytes."""
-    x = x.detach().contiguous()
+    """As the generated code takes it: its values themselves, contiguous, on a boundary of 16 bytes."""
+    x = x.detach().resolve_conj().resolve_neg().contiguous()
     return x.clone() if x.data_ptr() % _ALIGNMENT else x
 
 
@@ -108,33 +127,49 @@ def load(
 ) -> DeployedModule:
     """Load what `export` wrote, ready to be called.
 
+    An export is native code that runs in this process with all of its rights: load only what you trust. The checks
+    here find what is broken or does not fit, not what is forged.
+
     Args:
-        folder: as `export` left it.
+        folder: as `export` left it; `~` is the home.
         configuration: that of the module which the caller expects (a dataclass or a mapping); None expects nothing.
-        weights: tensors in place of the folder's of the same names, such as a trained module's state_dict(); on
-            `device` they are used where they lie.
+        weights: tensors in place of the folder's of the same names, such as a trained module's state_dict(); those
+            that lie on `device`, contiguous and on a boundary of 16 bytes, are used where they lie.
         device: of the type that the module was exported on; the default one of that type when None.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
         ValueError: a broken file; another configuration, torch version, device or code of the custom ops than at the
-            export; weights of another name or shape.
-        TypeError: weights of another dtype.
+            export; weights of another name or shape, or without values (on the meta device).
+        TypeError: weights of another dtype, or that are no plain dense tensors.
     """
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     manifest = read_manifest(folder)
-    device = torch.device(manifest["machine"]["type"] if device is None else device)
+    device = _device(manifest["machine"]["type"] if device is None else device)
     check_surroundings(manifest, device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
     if configuration is not None:
         check_configuration(manifest, configuration)
+    if not isinstance(weights, Mapping | None):
+        raise TypeError(f"weights: got {type(weights).__name__}, expected a mapping of names to tensors")
     given = dict(weights or {})
     _check_weights("weights", given, manifest)
     stored = _stored(folder / WEIGHTS, manifest["weights"].keys() - given.keys(), device)
     _check_weights(str(folder / WEIGHTS), stored, manifest)
-    tensors = {name: x.detach().to(device).contiguous() for name, x in (stored | given).items()}
+    # Not before everything was compared: it runs code that the manifest names.
+    import_ops(manifest)
+    tensors = {name: laid_out(x.detach().to(device)) for name, x in (stored | given).items()}
     return DeployedModule(manifest, folder / GRAPH, tensors, device)
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {device!r}, expected a device of torch: {error}") from error
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    # A tensor on "cpu:0" says that it is on "cpu".
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def _stored(path: Path, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
@@ -147,9 +182,12 @@ def _stored(path: Path, names: Iterable[str], device: torch.device) -> dict[str,
 
 def _check_weights(source: str, tensors: Mapping[str, Tensor], manifest: dict[str, Any]) -> None:
     expected = manifest["weights"]
-    if unknown := sorted(set(tensors) - set(expected)):
+    if unknown := sorted(map(str, tensors.keys() - expected.keys())):
         raise ValueError(f"{source}: got {', '.join(unknown)}, expected names of {manifest['module']}'s weights")
     for name, x in tensors.items():
+        check_plain(f"{source}: {name}", x)
         if (found := described(x)) != expected[name]:
             error = ValueError if found["shape"] != expected[name]["shape"] else TypeError
             raise error(f"{source}: got {name} of {found}, expected {expected[name]}")
+        if x.is_meta:
+            raise ValueError(f"{source}: got {name} on meta, expected tensors that hold values")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -16,6 +17,8 @@ import torch
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._subclasses import fake_impls, fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+compilation_lock = threading.RLock()
 
 
 @contextlib.contextmanager

@@ -192,7 +192,7 @@ def tuned_file(device_name: str) -> Path:
     JSON: {"target": "sm_90", "configurations": {kernel: {"88 bfloat16": {"BLOCK_M": 64, ...}}}, ...}.
     """
     folder = os.environ.get("VIT_KERNELS_TUNED") or Path(__file__).parent / "tuned"
-    return Path(folder) / f"{re.sub(r'[^A-Za-z0-9]+', '_', device_name)}.json"
+    return Path(folder).expanduser() / f"{re.sub(r'[^A-Za-z0-9]+', '_', device_name)}.json"
 
 
 def _tuned(target: str, device: int) -> dict[str, Any]:
