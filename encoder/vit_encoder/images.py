@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from vit_encoder.image_settings import Normalisation
+
 ImageInput: TypeAlias = Image.Image | str | os.PathLike[str] | np.ndarray | Tensor
 
 _ACCEPTED_PIXELS = (
@@ -22,19 +24,23 @@ _ACCEPTED_PIXELS = (
 )
 
 
-def check_positive_int(name: str, value: int) -> None:
-    """Raise TypeError for what is no int, ValueError for one below 1."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {value!r} of type {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected an int of at least 1, got {value}")
-
-
 def resize(pixels: Tensor, height: int, width: int, mode: str) -> Tensor:
     """[channels, height, width] in another size, antialiased, in the dtype that it has (uint8 or floating)."""
     if pixels.shape[-2:] == (height, width):
         return pixels
     return F.interpolate(pixels[None], (height, width), mode=mode, align_corners=False, antialias=True)[0]
+
+
+def normalise(pixels: Tensor, normalisation: Normalisation) -> Tensor:
+    """[3, height, width] of levels (uint8), or of fractions of 255 levels (floating), normalised in float32."""
+    step = normalisation.rescale_factor * (255 if pixels.is_floating_point() else 1)
+    # One subtraction and one division of the levels, as transformers has it: the roundings are the same. Device and
+    # dtype are given because those that PyTorch takes by default are the user's.
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device="cpu")[:, None, None] * (1.0 / step)
+        for values in (normalisation.image_mean, normalisation.image_std)
+    )
+    return (pixels.to(torch.float32) - mean) / std
 
 
 def to_rgb(image: ImageInput) -> Tensor:
