@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from vit_encoder import Llama4VisionConfig, encode_images
+from vit_encoder import Llama4ImageSettings, Llama4VisionConfig, encode_images
 
 from experiments import encode_dataset
 from experiments.dataset_encoder import EncoderSettings, filled
@@ -71,7 +71,7 @@ def test_the_rate_leaves_the_first_part_out() -> None:
 def test_a_bad_image_keeps_its_error(images: Path) -> None:
     found = references(f"{images}/*")
     assert [Path(reference["source"]).name for reference in found][2:4] == ["2.png", "2b.png"]
-    good, bad = (decode(reference, image_size=112, max_tiles=4) for reference in found[2:4])
+    good, bad = (decode(reference, Llama4ImageSettings(image_size=112, max_tiles=4)) for reference in found[2:4])
     assert (good["error"], good["pixel_values"].shape, good["high"], good["wide"]) == ("", (5, 3, 112, 112), 2, 2)
     assert (bad["pixel_values"].shape, bad["high"]) == ((0, 3, 112, 112), 0)
     assert bad["error"].startswith("OSError: image: expected a complete image")
@@ -131,7 +131,9 @@ def test_each_row_is_what_the_encoder_gives_for_its_image(images: Path, tmp_path
             assert row.error.startswith("OSError: image: expected a complete image")
             assert row.features.shape == (0, 120)
             continue
-        tiled = decode({"source": "", "file": str(path), "group": -1, "row": -1}, image_size=112, max_tiles=4)
+        tiled = decode(
+            {"source": "", "file": str(path), "group": -1, "row": -1}, Llama4ImageSettings(image_size=112, max_tiles=4)
+        )
         assert (row.high, row.wide, row.error) == (tiled["high"], tiled["wide"], "")
         with torch.inference_mode():
             pixel_values = torch.from_numpy(tiled["pixel_values"])
@@ -248,4 +250,4 @@ def test_the_encoded_bytes_of_an_image_are_enough(tmp_path: Path) -> None:
     picture(20, 30).save(stream, "PNG")
     (tmp_path / "no suffix").write_bytes(stream.getvalue())
     (reference,) = references(f"{tmp_path}/*")
-    assert decode(reference, image_size=112, max_tiles=1)["pixel_values"].shape == (1, 3, 112, 112)
+    assert decode(reference, Llama4ImageSettings(image_size=112, max_tiles=1))["pixel_values"].shape == (1, 3, 112, 112)

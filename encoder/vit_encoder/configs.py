@@ -77,8 +77,8 @@ def what_it_is(path: Path) -> str:
     """What to say, after a colon, of a path that is no file or no folder of a checkpoint: what is there, what to do."""
     if path.is_symlink() and not path.exists():
         return (
-            f": it is a symbolic link to {os.readlink(path)}, which does not exist; in a hub cache the file was removed "
-            "or never downloaded: download it again"
+            f": it is a symbolic link to {os.readlink(path)}, which does not exist; its file is gone from the hub "
+            "cache or was never downloaded: download it again"
         )
     if path.is_file():
         return ": it is a file; pass the folder that it is in"
@@ -127,7 +127,7 @@ def is_integer(value: object) -> bool:
 
 
 def check_positive(name: str, value: Any, *, whole: bool) -> int | float:
-    """The number as Python's own; raises TypeError for what is none (`whole`: no integer), ValueError for one below 0."""
+    """The number as Python's own; raises TypeError for what is none (`whole`: no integer), ValueError below 0."""
     expected = "a positive integer" if whole else "a positive finite number"
     if not is_integer(value) and (whole or isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")

@@ -7,9 +7,9 @@ import numbers
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -62,6 +62,9 @@ class Normalisation:
         object.__setattr__(self, "rescale_factor", _number("rescale_factor", self.rescale_factor, positive=True))
 
 
+Settings = TypeVar("Settings", bound=Normalisation)
+
+
 def _number(name: str, value: Any, *, positive: bool) -> float:
     expected = "a positive finite number" if positive else "a finite number"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -69,6 +72,11 @@ def _number(name: str, value: Any, *, positive: bool) -> float:
     if not math.isfinite(value) or (positive and value <= 0):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return float(value)
+
+
+def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """The settings with those values changed that are not None."""
+    return replace(settings, **{name: value for name, value in changes.items() if value is not None})
 
 
 class Section(NamedTuple):
@@ -151,9 +159,9 @@ def given_settings(
 
 
 @contextmanager
-def naming(section: Section) -> Iterator[None]:
-    """Put the section's source before the message of a TypeError or ValueError."""
+def naming(source: str) -> Iterator[None]:
+    """Put what it is about before the message of an OSError, a TypeError or a ValueError."""
     try:
         yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{section.source}: {error}") from error
+    except (OSError, TypeError, ValueError) as error:
+        raise type(error)(f"{source}: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 
 from vit_encoder.image_settings import Normalisation
 
@@ -22,6 +22,22 @@ _ACCEPTED_PIXELS = (
     "expected a numpy array [height, width] or [height, width, 1, 3 or 4 channels], or a tensor [height, width] or "
     "[1, 3 or 4 channels, height, width], of uint8, uint16 or floats in [0, 1]"
 )
+
+
+def check_images(images: object) -> None:
+    """Raise TypeError for what is no sequence of images, ValueError for an empty one."""
+    if not isinstance(images, Sequence) or isinstance(images, str | bytes):
+        raise TypeError(
+            f"images: expected a sequence of images, got one {type(images).__name__}; pass [image] to encode one image"
+        )
+    if not images:
+        raise ValueError("images: expected at least one image, got an empty sequence")
+
+
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype] | None:
+    """Where and in which dtype a module takes its pixels: as its first floating parameter; None where it has none."""
+    parameter = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
+    return None if parameter is None else (parameter.device, parameter.dtype)
 
 
 def resize(pixels: Tensor, height: int, width: int, mode: str) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -19,7 +19,14 @@ from PIL import Image
 from torch import Tensor
 
 from vit_encoder.configs import HfConfig, side
-from vit_encoder.image_settings import Normalisation, check_positive_int, given_settings, naming, processor_sections
+from vit_encoder.image_settings import (
+    Normalisation,
+    changed,
+    check_positive_int,
+    given_settings,
+    naming,
+    processor_sections,
+)
 from vit_encoder.images import ImageInput, normalise, resize, to_rgb
 
 # Every canvas is tried, so a bound keeps a slip of the hand from taking all memory.
@@ -63,12 +70,13 @@ class Llama4ImageSettings(Normalisation):
             raise TypeError(f"resize_to_max_canvas: expected a bool, got {self.resize_to_max_canvas!r}")
 
     @classmethod
-    def from_hf(cls, source: HfConfig) -> Llama4ImageSettings:
+    def from_hf(cls, source: HfConfig, *, image_size: int = 336) -> Llama4ImageSettings:
         """Reads what a checkpoint says of its image processor; a folder with no such file has the defaults.
 
         Args:
             source: the checkpoint's folder, of which processor_config.json or preprocessor_config.json is read; or the
                 path of such a file, a mapping or a processor of transformers.
+            image_size: where the source does not say it.
 
         Raises:
             OSError: a path that cannot be read.
@@ -78,11 +86,10 @@ class Llama4ImageSettings(Normalisation):
         """
         section, _ = processor_sections(source)
         if section is None:
-            return cls()
+            return cls(image_size=image_size)
         given = given_settings(section, types=_PROCESSORS, resample=Image.Resampling.BILINEAR, names=_NAMES)
-        with naming(section):
-            if "image_size" in given:
-                given["image_size"] = _square(given["image_size"])
+        with naming(section.source):
+            given["image_size"] = _square(given.get("image_size", image_size))
             return cls(**given)
 
 
@@ -149,7 +156,10 @@ def tile_image(
             than PIL's limit against decompression bombs, or as `Llama4ImageSettings` says.
         OSError: a file that is missing, is not a regular file, or cannot be decoded (truncated, not an image).
     """
-    settings = _with(settings, image_size=image_size, max_tiles=max_tiles)
+    if not isinstance(settings, Llama4ImageSettings | None):
+        raise TypeError(f"settings: got {type(settings).__name__}, expected Llama4ImageSettings or None")
+    changes = {"image_size": image_size, "max_tiles": max_tiles}
+    settings = changed(settings or Llama4ImageSettings(), changes)
     pixels, size = to_rgb(image), settings.image_size
     height, width = pixels.shape[-2:]
     high, wide = _canvas(height, width, settings)
@@ -161,12 +171,6 @@ def tile_image(
     if len(tiles) > 1:
         tiles = torch.cat([tiles, resize(pixels, size, size, "bilinear")[None]])
     return TiledImage(normalise(tiles, settings), (high, wide))
-
-
-def _with(settings: Llama4ImageSettings | None, **changes: int | None) -> Llama4ImageSettings:
-    if not isinstance(settings, Llama4ImageSettings | None):
-        raise TypeError(f"settings: got {type(settings).__name__}, expected Llama4ImageSettings or None")
-    return replace(settings or Llama4ImageSettings(), **{k: v for k, v in changes.items() if v is not None})
 
 
 def best_canvas(height: int, width: int, *, image_size: int = 336, max_tiles: int = 16) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from vit_encoder.configs import HfConfig
 from vit_encoder.image_settings import (
     Normalisation,
     Section,
+    changed,
     check_positive_int,
     given_settings,
     naming,
@@ -134,7 +135,7 @@ def _read(section: Section | None, defaults: PatchSettings) -> PatchSettings:
     if section is None:
         return defaults
     given = given_settings(section, types=_PROCESSORS, resample=Image.Resampling.BICUBIC, names=_NAMES)
-    with naming(section):
+    with naming(section.source):
         bounds = _bounds(given.pop("size")) if "size" in given else {}
         return replace(defaults, **bounds | given)
 
@@ -193,11 +194,9 @@ def patch_image(
     if not isinstance(settings, Qwen2_5_VLImageSettings | None):
         raise TypeError(f"settings: got {type(settings).__name__}, expected Qwen2_5_VLImageSettings or None")
     frames = _frames(image)
-    chosen = settings or Qwen2_5_VLImageSettings()
-    changes = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-    of_frames = replace(
-        chosen.image if frames is None else chosen.video, **{k: v for k, v in changes.items() if v is not None}
-    )
+    whole = settings or Qwen2_5_VLImageSettings()
+    of_frames = whole.image if frames is None else whole.video
+    of_frames = changed(of_frames, {"min_pixels": min_pixels, "max_pixels": max_pixels})
     _check_config(config, of_frames)
     return _patched([cast(ImageInput, image)] if frames is None else frames, config, of_frames)
 
