@@ -131,9 +131,10 @@ def check_positive(name: str, value: Any, *, whole: bool) -> int | float:
     expected = "a positive integer" if whole else "a positive finite number"
     if not is_integer(value) and (whole or isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
-    if not 0 < value <= sys.float_info.max:
+    number = int(value) if is_integer(value) else float(value)
+    if not 0 < number <= sys.float_info.max:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
-    return int(value) if is_integer(value) else float(value)
+    return number
 
 
 def side(name: str, value: object) -> object:

@@ -173,7 +173,9 @@ def tile_image(
     return TiledImage(normalise(tiles, settings), (high, wide))
 
 
-def best_canvas(height: int, width: int, *, image_size: int = 336, max_tiles: int = 16) -> tuple[int, int]:
+def best_canvas(
+    height: int, width: int, *, image_size: int = 336, max_tiles: int = 16, resize_to_max_canvas: bool = False
+) -> tuple[int, int]:
     """Choose the canvas for an image: the smallest upscale of at least 1, else the largest below 1, ties by area.
 
     Args:
@@ -181,17 +183,21 @@ def best_canvas(height: int, width: int, *, image_size: int = 336, max_tiles: in
         width: the image's width in pixels.
         image_size: side of a tile in pixels.
         max_tiles: most tiles in a canvas.
+        resize_to_max_canvas: choose the largest upscale instead.
 
     Returns:
         (high, wide), in tiles.
 
     Raises:
-        TypeError: an argument is not an int.
+        TypeError: an argument is of another type.
         ValueError: an argument is below 1, or max_tiles above 1024.
     """
     for name, value in {"height": height, "width": width}.items():
         check_positive_int(name, value)
-    return _canvas(height, width, Llama4ImageSettings(image_size=image_size, max_tiles=max_tiles))
+    settings = Llama4ImageSettings(
+        image_size=image_size, max_tiles=max_tiles, resize_to_max_canvas=resize_to_max_canvas
+    )
+    return _canvas(height, width, settings)
 
 
 def _canvas(height: int, width: int, settings: Llama4ImageSettings) -> tuple[int, int]:

@@ -53,14 +53,15 @@ class PatchSettings(Normalisation):
     """How an image, or each frame of a video, becomes patches.
 
     Args:
-        min_pixels, max_pixels: bounds of its area after the resize, where whole units allow.
+        min_pixels, max_pixels: bounds of its area after the resize, where whole units allow. That they are not crossed
+            is checked where they are used: a file with one bound may cross the default of the other, for videos only.
         image_mean, image_std, rescale_factor: as in `Normalisation`; CLIP's by default.
         patch_size, temporal_patch_size, spatial_merge_size: what the checkpoint says of them, compared with the
             encoder's; None leaves them to it.
 
     Raises:
         TypeError: a value of another type.
-        ValueError: a number below 1, bounds that are crossed, or one that is not finite or divides by zero.
+        ValueError: a number below 1, or one that is not finite or divides by zero.
     """
 
     min_pixels: int = MIN_PIXELS
@@ -76,12 +77,6 @@ class PatchSettings(Normalisation):
         for name in ("min_pixels", "max_pixels", *_PATCH_SIZES):
             if getattr(self, name) is not None or name not in _PATCH_SIZES:
                 object.__setattr__(self, name, check_positive_int(name, getattr(self, name)))
-        _check_bounds(self.min_pixels, self.max_pixels)
-
-
-def _check_bounds(min_pixels: int, max_pixels: int) -> None:
-    if min_pixels > max_pixels:
-        raise ValueError(f"min_pixels: expected at most max_pixels = {max_pixels}, got {min_pixels}")
 
 
 _VIDEO = PatchSettings(min_pixels=128 * 28 * 28, max_pixels=28 * 28 * 768)
@@ -263,7 +258,8 @@ def resized(
     sizes = {"height": height, "width": width, "factor": factor, "min_pixels": min_pixels, "max_pixels": max_pixels}
     for name, value in sizes.items():
         check_positive_int(name, value)
-    _check_bounds(min_pixels, max_pixels)
+    if min_pixels > max_pixels:
+        raise ValueError(f"min_pixels: expected at most max_pixels = {max_pixels}, got {min_pixels}")
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise ValueError(f"image: expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {height} x {width}")
     high, wide = (round(side / factor) * factor for side in (height, width))
