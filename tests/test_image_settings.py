@@ -242,7 +242,7 @@ class TestWhatIsFollowed:
         assert list(ours) == expected.tolist()
 
     @given(
-        size=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+        size=st.tuples(st.integers(1, 120), st.integers(1, 120)),
         max_tiles=st.integers(1, 16),
         to_max=st.booleans(),
         mean=means,
@@ -250,6 +250,10 @@ class TestWhatIsFollowed:
         seed=st.integers(0, 2**32 - 1),
     )
     @settings(max_examples=2 * settings().max_examples)
+    @example(size=(20, 50), max_tiles=9, to_max=True, mean=[0.5] * 3, std=[0.5] * 3, seed=0)
+    # One pixel narrower, and one wider, than with a scale in float64.
+    @example(size=(3, 27), max_tiles=16, to_max=True, mean=[0.5] * 3, std=[0.5] * 3, seed=0)
+    @example(size=(5, 45), max_tiles=16, to_max=True, mean=[0.5] * 3, std=[0.5] * 3, seed=0)
     def test_tiles_are_those_of_transformers(
         self,
         size: tuple[int, int],
@@ -334,7 +338,11 @@ class TestWhatIsRefused:
         [
             ({"resample": 0}, "resample: got 0, expected "),
             ({"resample": "lanczos"}, "resample: got 'lanczos', expected "),
+            ({"resample": None}, "resample: got None, expected "),
             ({"do_resize": False}, "do_resize: got False, expected True"),
+            ({"do_rescale": None}, "do_rescale: got None, expected True"),
+            ({"image_mean": None}, "image_mean: expected three numbers, got None"),
+            ({"rescale_factor": None}, "rescale_factor: expected a positive finite number, got None"),
             ({"do_rescale": False}, "do_rescale: got False, expected True"),
             ({"do_normalize": False}, "do_normalize: got False, expected True"),
             ({"do_center_crop": True}, "do_center_crop: got True, expected False"),

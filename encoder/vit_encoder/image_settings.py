@@ -26,6 +26,7 @@ from vit_encoder.configs import (
 PROCESSOR_FILE = "processor_config.json"
 IMAGE_FILE = "preprocessor_config.json"
 VIDEO_FILE = "video_preprocessor_config.json"
+_NULL_IS_DEFAULT = ("size", "min_pixels", "max_pixels")
 # What no image preparation here can leave out, and what none can do.
 _ALWAYS_DONE = ("do_resize", "do_rescale", "do_normalize")
 _NEVER_DONE = ("do_center_crop", "do_pad", "cap_pixels_per_frame")
@@ -135,7 +136,7 @@ def _sections(whole: Section) -> tuple[Section | None, Section | None]:
 def given_settings(
     section: Section, *, types: Sequence[str], resample: int, names: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The values of a section under our names; null means the default, as it does in transformers.
+    """The values of a section under our names.
 
     Args:
         types: of the processors that work as ours does, where the section names one.
@@ -145,17 +146,18 @@ def given_settings(
     Raises:
         ValueError: a setting that we cannot follow, named with its source.
     """
-    required: dict[str, tuple[Any, ...]] = dict.fromkeys(_ALWAYS_DONE, (True,)) | dict.fromkeys(_NEVER_DONE, (False,))
-    required |= {"resample": (resample,), "image_processor_type": (*types,), "video_processor_type": (*types,)}
-    for key, expected in required.items():
-        value = section.values.get(key)
-        if value is not None and value not in expected:
+    # Null turns off what is done and what is not alike.
+    expected: dict[str, tuple[Any, ...]] = dict.fromkeys(_ALWAYS_DONE, (True,))
+    expected |= dict.fromkeys(_NEVER_DONE, (False, None)) | {"resample": (resample,)}
+    expected |= dict.fromkeys(("image_processor_type", "video_processor_type"), (*types, None))
+    for key, value in section.values.items():
+        if value not in expected.get(key, (value,)):
             raise ValueError(
-                f"{section.source}: {key}: got {value!r}, expected {' or '.join(map(repr, expected))}: nothing else is "
-                "followed here; prepare the images yourself, or give settings of your own"
+                f"{section.source}: {key}: got {value!r}, expected {' or '.join(map(repr, expected[key]))}: nothing "
+                "else is followed here; prepare the images yourself, or give settings of your own"
             )
-    ours = {name: section.values.get(key) for name, key in names.items()}
-    return {name: value for name, value in ours.items() if value is not None}
+    given = {name: section.values[key] for name, key in names.items() if key in section.values}
+    return {name: value for name, value in given.items() if value is not None or name not in _NULL_IS_DEFAULT}
 
 
 @contextmanager

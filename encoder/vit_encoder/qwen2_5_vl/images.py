@@ -43,6 +43,7 @@ _NAMES = _PATCH_SIZES | {
 _PROCESSORS = (
     "Qwen2VLImageProcessor",
     "Qwen2VLImageProcessorFast",
+    "Qwen2VLImageProcessorPil",
     "Qwen2_5_VLImageProcessor",
     "Qwen2VLVideoProcessor",
 )
