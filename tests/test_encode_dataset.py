@@ -6,6 +6,7 @@ What writes parquet needs pyarrow, and the rest Ray: ./scripts/test_vllm.sh has 
 import importlib.util
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from vit_encoder import Llama4ImageSettings, Llama4VisionConfig, encode_images
 
 from experiments import encode_dataset
 from experiments.dataset_encoder import EncoderSettings, filled
+from experiments.dataset_engines import Job
 from experiments.dataset_images import decode, references
 from experiments.dataset_parts import Embedding, difference, read_embeddings, sources_done, write_part
 from experiments.encode_dataset import Progress
@@ -139,6 +141,27 @@ def test_each_row_is_what_the_encoder_gives_for_its_image(images: Path, tmp_path
             pixel_values = torch.from_numpy(tiled["pixel_values"])
             expected = model(pixel_values).flatten(0, 1)
         torch.testing.assert_close(torch.from_numpy(row.features.copy()), expected)
+
+
+@needs_pyarrow
+@pytest.mark.parametrize(("arguments", "most"), [([], 3), (["--max-tiles", "2"], 2)])
+def test_images_are_tiled_as_the_checkpoint_says(
+    arguments: list[str], most: int, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(asdict(Llama4VisionConfig.tiny())))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"max_patches": 3, "image_mean": [0.1, 0.2, 0.3]}))
+    jobs: list[Job] = []
+    monkeypatch.setattr(encode_dataset, "_run", lambda engine, job: jobs.append(job) or Progress(seconds=[1.0]))
+    encode_dataset.main(
+        ["--images", f"{images}/*", "--out", str(tmp_path / "out"), "--checkpoint", str(folder), *arguments]
+    )
+    settings = Llama4ImageSettings(image_size=112, max_tiles=most, image_mean=(0.1, 0.2, 0.3))
+    reference = {"source": "", "file": str(images / "3.png"), "group": -1, "row": -1}
+    tiled = jobs[0].decode(reference)
+    np.testing.assert_array_equal(tiled["pixel_values"], decode(reference, settings)["pixel_values"])
+    assert tiled["high"] * tiled["wide"] == most
 
 
 @needs_pyarrow
