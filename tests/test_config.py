@@ -228,7 +228,7 @@ def test_odd_json_is_read_or_refused(changes: dict[str, Any]) -> None:
     with contextlib.suppress(ValueError, TypeError):
         config = Llama4VisionConfig.from_hf(SCOUT_VISION | changes)
         read = {name: value for name, value in dataclasses.asdict(config).items() if name != "rope_theta"}
-        given = SCOUT_VISION | changes
+        given: dict[str, Any] = SCOUT_VISION | changes
         assert read == {name: given[name][0] if isinstance(given[name], list) else given[name] for name in read}
 
 

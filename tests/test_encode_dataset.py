@@ -153,7 +153,12 @@ def test_images_are_tiled_as_the_checkpoint_says(
     (folder / "config.json").write_text(json.dumps(asdict(Llama4VisionConfig.tiny())))
     (folder / "preprocessor_config.json").write_text(json.dumps({"max_patches": 3, "image_mean": [0.1, 0.2, 0.3]}))
     jobs: list[Job] = []
-    monkeypatch.setattr(encode_dataset, "_run", lambda engine, job: jobs.append(job) or Progress(seconds=[1.0]))
+
+    def kept(engine: str, job: Job) -> Progress:
+        jobs.append(job)
+        return Progress(seconds=[1.0])
+
+    monkeypatch.setattr(encode_dataset, "_run", kept)
     encode_dataset.main(
         ["--images", f"{images}/*", "--out", str(tmp_path / "out"), "--checkpoint", str(folder), *arguments]
     )

@@ -127,7 +127,7 @@ class TestWhereSettingsAreFound:
         llama4, image, video = (processor() for processor in transformers_processors())
         assert Llama4ImageSettings.from_hf(llama4) == Llama4ImageSettings()
         found = Qwen2_5_VLImageSettings.from_hf({"image_processor": image.to_dict(), "video_processor": video})
-        sizes = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
+        sizes: dict[str, Any] = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
         defaults = Qwen2_5_VLImageSettings()
         assert found.image == dataclasses.replace(defaults.image, **sizes)
         assert found.video == dataclasses.replace(defaults.video, **sizes)
@@ -485,9 +485,10 @@ class TestModels:
         model = initialise_(Qwen2_5_VLVisionModel(QWEN))
         with pytest.raises(TypeError, match=r"got Qwen2_5_VLVisionModel; Qwen2\.5-VL has vit_encoder\.qwen2_5_vl\.enc"):
             encode_images(model, [pixels(30, 30)])
-        for other in (None, nn.Linear(2, 2), initialise_(Llama4VisionModel(LLAMA4))):
+        others: list[Any] = [None, nn.Linear(2, 2), initialise_(Llama4VisionModel(LLAMA4))]
+        for other in others:
             with pytest.raises(TypeError, match="model: expected a Qwen2_5_VLVisionModel, got "):
-                encode_qwen_images(other, [pixels(30, 30)])  # type: ignore[arg-type]
+                encode_qwen_images(other, [pixels(30, 30)])
         with pytest.raises(ValueError, match=r"images\[1\]: image: expected an aspect ratio"):
             encode_qwen_images(model, [pixels(30, 30), pixels(1, 201)])
         with pytest.raises(TypeError, match="images: expected a sequence of images, got one ndarray"):
