@@ -482,7 +482,7 @@ class TestModels:
         assert len(encode_qwen_images(model, inputs[:1], settings=larger)[0]) == 20
 
     def test_each_encoder_has_its_own_way_in(self) -> None:
-        model = initialise_(Qwen2_5_VLVisionModel(QWEN))
+        model = Qwen2_5_VLVisionModel(QWEN)
         with pytest.raises(TypeError, match=r"got Qwen2_5_VLVisionModel; Qwen2\.5-VL has vit_encoder\.qwen2_5_vl\.enc"):
             encode_images(model, [pixels(30, 30)])
         others: list[Any] = [None, nn.Linear(2, 2), initialise_(Llama4VisionModel(LLAMA4))]
