@@ -23,7 +23,15 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
-from vit_encoder import CompilationConfig, Llama4VisionConfig, Llama4VisionModel, TiledImage, tile_image, whole_graph
+from vit_encoder import (
+    CompilationConfig,
+    Llama4ImageSettings,
+    Llama4VisionConfig,
+    Llama4VisionModel,
+    TiledImage,
+    tile_image,
+    whole_graph,
+)
 from vit_encoder.compilation import GraphReport
 from vit_encoder.compilation.config import DynamicShapes
 from vit_encoder.llama4 import reference_forward
@@ -52,7 +60,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Names in torch.cpu.get_capabilities(): without one of them the products are emulated, at a quarter of float32's speed.
 FAST_WITH = {"bfloat16": ("amx_bf16", "avx512_bf16"), "float16": ("amx_fp16", "avx512_fp16")}
 TILE_COUNTS = [1, 17, 2, 5, 33]
-MAX_TILES = {"cpu": 1, "cuda": 16}
+# By default: a CPU takes seconds for each.
+MAX_TILES_ON_A_CPU = 1
 
 EXAMPLES = """examples:
   %(prog)s
@@ -107,12 +116,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-tiles",
         type=_positive,
-        help="most tiles of the canvas (default: 16 on a GPU, 1 on a CPU)",
+        help="most tiles of the canvas (default: on a GPU the checkpoint's, without one 16; on a CPU 1)",
     )
     parser.add_argument(
         "--max-pixels",
         type=_positive,
-        help="most pixels of the resized image, for qwen2_5_vl (default: 1280 features' on a GPU, 256 on a CPU)",
+        help="most pixels of the resized image, for qwen2_5_vl (default: on a GPU the checkpoint's, without one 1280 "
+        "features'; on a CPU 256 features')",
     )
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
@@ -177,8 +187,11 @@ def _check_options(options: argparse.Namespace) -> None:
 
 def _prepare_llama4(options: argparse.Namespace, dtype: torch.dtype, device: torch.device, path: Path) -> Subject:
     config = Llama4VisionConfig.from_hf(options.checkpoint) if options.checkpoint else LLAMA4_CONFIGS[options.config]()
-    max_tiles = options.max_tiles or MAX_TILES[device.type]
-    tiled = tile_image(path, image_size=config.image_size, max_tiles=max_tiles)
+    settings = Llama4ImageSettings(image_size=config.image_size)
+    if options.checkpoint:
+        settings = Llama4ImageSettings.from_hf(options.checkpoint, image_size=config.image_size)
+    max_tiles = options.max_tiles or (MAX_TILES_ON_A_CPU if device.type == "cpu" else settings.max_tiles)
+    tiled = tile_image(path, settings=settings, max_tiles=max_tiles)
     model = _encoder(options, config, dtype, device)
     pixel_values = tiled.pixel_values.to(device, dtype)
     tile_counts = options.tile_counts or TILE_COUNTS

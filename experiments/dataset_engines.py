@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from vit_encoder import Llama4ImageSettings
 
 from experiments.dataset_encoder import DatasetEncoder, EncoderSettings
 from experiments.dataset_images import decode
@@ -25,7 +26,7 @@ class Job:
         todo: references of images.
         settings: of every encoder.
         out: folder of the parts.
-        max_tiles: of a canvas.
+        image_settings: what images are tiled by.
         tile_budget: most tiles of a call.
         part_images: images that are handed to an encoder, and written, at a time.
         actors: encoders, where there can be several.
@@ -34,7 +35,7 @@ class Job:
     todo: Sequence[dict[str, Any]]
     settings: EncoderSettings
     out: Path
-    max_tiles: int
+    image_settings: Llama4ImageSettings
     tile_budget: int
     part_images: int
     actors: int
@@ -42,7 +43,7 @@ class Job:
     @property
     def decode(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
         """Decodes and tiles the image of a reference."""
-        return functools.partial(decode, image_size=self.settings.config.image_size, max_tiles=self.max_tiles)
+        return functools.partial(decode, settings=self.image_settings)
 
 
 def plain(job: Job) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from vit_encoder import tile_image
+from vit_encoder import Llama4ImageSettings, tile_image
 
 # Where Hugging Face's datasets and others keep an image: its encoded bytes, or a struct with them.
 COLUMNS = ("image", "bytes")
@@ -61,7 +61,7 @@ def _parquet_references(file: str) -> list[dict[str, Any]]:
     ]
 
 
-def decode(reference: dict[str, Any], *, image_size: int, max_tiles: int) -> dict[str, Any]:
+def decode(reference: dict[str, Any], settings: Llama4ImageSettings) -> dict[str, Any]:
     """Decode and tile one image.
 
     Returns:
@@ -69,9 +69,9 @@ def decode(reference: dict[str, Any], *, image_size: int, max_tiles: int) -> dic
         and `error`, "" unless the image cannot be had: then there are no tiles.
     """
     try:
-        tiled = tile_image(_image(reference), image_size=image_size, max_tiles=max_tiles)
+        tiled = tile_image(_image(reference), settings=settings)
     except (OSError, TypeError, ValueError) as error:
-        nothing = np.zeros((0, 3, image_size, image_size), dtype=np.float32)
+        nothing = np.zeros((0, 3, settings.image_size, settings.image_size), dtype=np.float32)
         return _row(reference, nothing, (0, 0), f"{type(error).__name__}: {error}")
     return _row(reference, tiled.pixel_values.numpy(), tiled.aspect_ratio, "")
 

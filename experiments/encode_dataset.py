@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from tqdm import tqdm  # type: ignore[import-untyped]
-from vit_encoder import Llama4VisionConfig
+from vit_encoder import Llama4ImageSettings, Llama4VisionConfig
 
 from experiments.dataset_encoder import EncoderSettings
 from experiments.dataset_engines import ENGINES, Job
@@ -107,8 +107,12 @@ def _job(options: argparse.Namespace) -> tuple[Job, int]:
     options.out.mkdir(parents=True, exist_ok=True)
     done = sources_done(options.out)
     todo = [reference for reference in found if reference["source"] not in done]
-    sizes = (options.max_tiles, options.tile_budget, options.part_images, options.actors)
-    return Job(todo, settings, options.out, *sizes), len(found)
+    image_settings = Llama4ImageSettings(image_size=settings.config.image_size)
+    if options.checkpoint:
+        image_settings = Llama4ImageSettings.from_hf(options.checkpoint, image_size=settings.config.image_size)
+    image_settings = replace(image_settings, max_tiles=options.max_tiles or image_settings.max_tiles)
+    sizes = (options.tile_budget, options.part_images, options.actors)
+    return Job(todo, settings, options.out, image_settings, *sizes), len(found)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("--config", choices=CONFIGS, default="scout", help="sizes of random weights (default: scout)")
     parser.add_argument("--engine", choices=("plain", "ray"), default="plain", help="default: %(default)s")
     parser.add_argument("--actors", type=_positive, default=1, help="encoders, one an accelerator (default: 1)")
-    parser.add_argument("--max-tiles", type=_positive, default=16, help="of a canvas (default: %(default)s)")
+    parser.add_argument("--max-tiles", type=_positive, help="of a canvas (default: the checkpoint's, without one 16)")
     parser.add_argument("--tile-budget", type=_positive, default=34, help="most tiles a call (default: %(default)s)")
     parser.add_argument("--part-images", type=_positive, default=64, help="images a file (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
@@ -202,8 +206,9 @@ def _report(
         "weights": options.checkpoint.name if options.checkpoint else f"random, {options.config}",
         "settings": {
             name: getattr(options, name)
-            for name in ("actors", "max_tiles", "tile_budget", "part_images", "device", "dtype", "compile")
-        },
+            for name in ("actors", "tile_budget", "part_images", "device", "dtype", "compile")
+        }
+        | {"max_tiles": job.image_settings.max_tiles},
         "engines": {
             name: {"seconds": run.seconds[-1], "images_per_second": run.rate(job.part_images), "errors": run.errors}
             for name, run in runs.items()

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 from vit_encoder import CompilationConfig, Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel
-from vit_encoder.qwen2_5_vl import PatchedImage, patch_image, reference_forward
-from vit_encoder.qwen2_5_vl.images import MIN_PIXELS
+from vit_encoder.qwen2_5_vl import PatchedImage, Qwen2_5_VLImageSettings, patch_image, reference_forward
 
 from experiments.peers import transformers_qwen2_5_vl
 from experiments.subject import Subject
@@ -22,9 +21,12 @@ from experiments.weights import SEED, checkpoint_qwen2_5_vl, random_encoder
 CONFIGS: dict[str, Callable[[], Qwen2_5_VLVisionConfig]] = {
     "7b": Qwen2_5_VLVisionConfig.qwen2_5_vl_7b,
     "3b": Qwen2_5_VLVisionConfig.qwen2_5_vl_3b,
+    "32b": Qwen2_5_VLVisionConfig.qwen2_5_vl_32b,
+    "72b": Qwen2_5_VLVisionConfig.qwen2_5_vl_72b,
     "tiny": Qwen2_5_VLVisionConfig.tiny,
 }
-MAX_PIXELS = {"cpu": 28 * 28 * 256, "cuda": 28 * 28 * 1280}
+# By default: a CPU takes seconds for an image.
+MAX_PIXELS_ON_A_CPU = 28 * 28 * 256
 GRIDS = [
     [[1, 2, 2]],
     [[1, 18, 10], [2, 8, 8], [1, 2, 40]],
@@ -44,8 +46,11 @@ def prepare(options: argparse.Namespace, dtype: torch.dtype, device: torch.devic
     """
     folder: Path | None = options.checkpoint
     config = Qwen2_5_VLVisionConfig.from_hf(folder) if folder else CONFIGS[options.config]()
-    max_pixels = options.max_pixels or MAX_PIXELS[device.type]
-    patched = patch_image(path, config, min_pixels=min(MIN_PIXELS, max_pixels), max_pixels=max_pixels)
+    settings = Qwen2_5_VLImageSettings.from_hf(folder) if folder else Qwen2_5_VLImageSettings()
+    most = min(MAX_PIXELS_ON_A_CPU, settings.image.max_pixels) if device.type == "cpu" else settings.image.max_pixels
+    max_pixels = options.max_pixels or most
+    min_pixels = min(settings.image.min_pixels, max_pixels)
+    patched = patch_image(path, config, settings=settings, min_pixels=min_pixels, max_pixels=max_pixels)
     if folder:
         model = checkpoint_qwen2_5_vl(folder, layers=options.layers, dtype=dtype, device=device)
     else:

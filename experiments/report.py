@@ -17,12 +17,14 @@ def print_subject(console: Console, subject: dict[str, Any]) -> None:
     image = subject["image"]
     console.print(f"image    {image['name']}, {image['width']} x {image['height']} pixels")
     console.print(f"cut      {cutting(subject)}")
-    if subject.get("size_chosen"):
-        console.print(
-            "         by default on a CPU it is smaller than Qwen2.5-VL would have it; --max-pixels changes that"
-        )
+    if subject.get("size_chosen") and subject["device"] == "cpu":
+        console.print("         by default on a CPU it is at most 256 features; --max-pixels changes that")
     if subject.get("max_tiles_chosen"):
-        why = "since a CPU takes seconds for each" if subject["device"] == "cpu" else "as Llama 4 has it"
+        why = (
+            "since a CPU takes seconds for each"
+            if subject["device"] == "cpu"
+            else "as the checkpoint, or else Llama 4, has it"
+        )
         console.print(
             f"         by default the canvas has at most {image['max_tiles']}, {why}; --max-tiles changes that"
         )

@@ -41,6 +41,7 @@ CONFIG = Llama4VisionConfig(
 )
 WANTED = vision_tensors(CONFIG)
 PROJECTOR = projector_tensors(CONFIG.vision_output_dim, 40)
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4567\n"
 QUERY, KEY, VALUE = WANTED["layers.1.attention.qkv.weight"].names
 
 
@@ -420,6 +421,57 @@ def test_impossible_file_names_are_missing_files(file: str, tmp_path: Path) -> N
     save_index(tmp_path, {"weight_map": dict.fromkeys(HF_TENSORS, file)})
     with pytest.raises(ValueError, match=r"in files that cannot be read \(1\):"):
         read_tensors(tmp_path, WANTED)
+
+
+@pytest.mark.parametrize("file", ["model-q4_0.gguf", "tf_model.h5", "model.onnx"])
+def test_other_formats_are_named(file: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=rf"holds no safetensors, only {file}, a format that is not read: download"):
+        read_tensors(tmp_path, WANTED)
+
+
+def test_a_git_lfs_pointer_is_no_damaged_file(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text(LFS_POINTER)
+    with pytest.raises(ValueError, match=r"model\.safetensors is a git-lfs pointer, .*`git lfs pull`"):
+        read_tensors(tmp_path, WANTED)
+    (tmp_path / "model.safetensors").unlink()
+    weight_map = save_shards(tmp_path, HF_TENSORS)
+    (tmp_path / weight_map[QUERY]).write_text(LFS_POINTER)
+    with pytest.raises(ValueError, match=rf"cannot be read \(1\):\n.*{weight_map[QUERY]} is a git-lfs pointer"):
+        read_tensors(tmp_path, WANTED)
+    (tmp_path / "model.safetensors.index.json").write_text(LFS_POINTER)
+    with pytest.raises(ValueError, match=r"index\.json is a git-lfs pointer"):
+        read_tensors(tmp_path, WANTED)
+
+
+def test_a_link_whose_blob_is_gone_is_named(tmp_path: Path) -> None:
+    save_shards(tmp_path, HF_TENSORS)
+    (tmp_path / "model.safetensors").symlink_to("../../blobs/0123")
+    with pytest.raises(FileNotFoundError, match=r"a symbolic link to \.\./\.\./blobs/0123, which does not exist"):
+        read_tensors(tmp_path, WANTED)
+
+
+def test_the_root_of_a_hub_cache_is_told_from_a_snapshot(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--meta-llama--Llama-4" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=rf"pass the folder of a snapshot: {re.escape(str(snapshot))}"):
+        read_tensors(snapshot.parents[1], WANTED)
+
+
+def test_a_hub_id_and_a_file_are_no_folders(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is not a folder: .*pass the local folder of a checkpoint"):
+        read_tensors("meta-llama/Llama-4-Scout-17B-16E-Instruct", WANTED)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"config\.json is not a folder: it is a file; pass the folder that it"):
+        read_tensors(tmp_path / "config.json", WANTED)
+    with pytest.raises(FileNotFoundError, match=r"index\.json: .* holds config\.json$"):
+        read_tensors(tmp_path, WANTED)
+
+
+def test_the_home_folder_has_its_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_file(HF_TENSORS, tmp_path / "model.safetensors")
+    assert_same(read_tensors("~", WANTED), TENSORS)
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])

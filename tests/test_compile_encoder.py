@@ -203,12 +203,13 @@ def save_checkpoint(folder: Path, model: Llama4VisionModel) -> Path:
 
 @pytest.fixture
 def bad_inputs(tmp_path: Path) -> Path:
-    """Return a folder with a text file, a checkpoint, one of something else, and one without tensors."""
+    """Return a folder with a text file, a checkpoint, one of something else, one without tensors, and one that pads."""
     (tmp_path / "text.png").write_text("no image")
     whole = save_checkpoint(tmp_path / "whole", tiny_encoder())
-    for name in ("foreign", "empty"):
+    for name in ("foreign", "empty", "padded"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_bytes((whole / "config.json").read_bytes())
+    (tmp_path / "padded" / "preprocessor_config.json").write_text('{"do_pad": true}')
     save_file({"lm_head.weight": torch.zeros(2)}, tmp_path / "foreign/model.safetensors")
     return tmp_path
 
@@ -232,6 +233,8 @@ def bad_inputs(tmp_path: Path) -> Path:
         ("--checkpoint whole --layers 3", "layers: got 3, expected at most the 2 of the checkpoint"),
         ("--checkpoint empty", "holds neither model.safetensors nor model.safetensors.index.json"),
         ("--checkpoint foreign", "does not hold the expected tensors"),
+        ("--checkpoint padded", "preprocessor_config.json: do_pad: got True, expected False"),
+        ("--checkpoint meta-llama/Llama-4", "hf download meta-llama/Llama-4 --local-dir FOLDER"),
         ("--checkpoint whole --config tiny", "not allowed with argument"),
         ("--colour blue", "unrecognized arguments: --colour blue"),
     ],

@@ -6,9 +6,11 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,6 +41,7 @@ SCOUT_VISION = {
     "vision_feature_select_strategy": "default",
     "vision_output_dim": 4096,
 }
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4567\n"
 SCOUT = {"model_type": "llama4", "text_config": {"hidden_size": 5120}, "vision_config": SCOUT_VISION}
 FIELDS = [field.name for field in dataclasses.fields(Llama4VisionConfig)]
 TINY = dataclasses.asdict(Llama4VisionConfig.tiny())
@@ -94,6 +97,36 @@ def test_reads_transformers_configurations(tmp_path: Path) -> None:
 def test_rope_theta_is_found_where_transformers_finds_it(rope: dict[str, Any], expected: float) -> None:
     without = {name: value for name, value in SCOUT_VISION.items() if name != "rope_theta"}
     assert Llama4VisionConfig.from_hf(without | rope).rope_theta == expected
+
+
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_scaled_rotary_embeddings_are_refused(name: str, key: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be of rope_type default or axial, got 'linear'"):
+        Llama4VisionConfig.from_hf(SCOUT_VISION | {name: {key: "linear", "factor": 2.0, "rope_theta": 1e4}})
+
+
+def test_maverick_has_scout_s_encoder() -> None:
+    assert Llama4VisionConfig.maverick() == Llama4VisionConfig.scout()
+
+
+@pytest.mark.parametrize("name", ["image_size", "patch_size"])
+def test_a_side_may_be_given_twice(name: str) -> None:
+    side = SCOUT_VISION[name]
+    assert Llama4VisionConfig.from_hf(SCOUT_VISION | {name: [side, side]}) == Llama4VisionConfig.scout()
+    with pytest.raises(ValueError, match=rf"{name} must be one number or the same one twice, got \[{side}, 28\]"):
+        Llama4VisionConfig.from_hf(SCOUT_VISION | {name: [side, 28]})
+    with pytest.raises(TypeError, match=rf"{name} must be a positive integer, got \[{side}\]"):
+        Llama4VisionConfig.from_hf(SCOUT_VISION | {name: [side]})
+
+
+def test_numpy_s_numbers_are_numbers() -> None:
+    numbers = {name: np.int64(TINY[name]) for name in ("hidden_size", "patch_size")} | {"rope_theta": np.float32(1e4)}
+    config = Llama4VisionConfig(**(TINY | numbers))
+    assert config == Llama4VisionConfig.tiny()
+    assert (type(config.hidden_size), type(config.rope_theta)) == (int, float)
+    with pytest.raises(TypeError, match=r"hidden_size must be a positive integer, got np\.float64"):
+        Llama4VisionConfig(**(TINY | {"hidden_size": np.float64(176)}))
 
 
 @given(st.sets(st.sampled_from(FIELDS), min_size=1), st.booleans())
@@ -195,7 +228,8 @@ def test_odd_json_is_read_or_refused(changes: dict[str, Any]) -> None:
     with contextlib.suppress(ValueError, TypeError):
         config = Llama4VisionConfig.from_hf(SCOUT_VISION | changes)
         read = {name: value for name, value in dataclasses.asdict(config).items() if name != "rope_theta"}
-        assert read == {name: (SCOUT_VISION | changes)[name] for name in read}
+        given: dict[str, Any] = SCOUT_VISION | changes
+        assert read == {name: given[name][0] if isinstance(given[name], list) else given[name] for name in read}
 
 
 def test_transformers_class_defaults_are_no_llama_4() -> None:
@@ -258,8 +292,61 @@ def test_json_that_is_no_object_is_a_value_error(content: str, tmp_path: Path) -
 def test_missing_files_are_os_errors_that_name_them(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere is not a file"):
         Llama4VisionConfig.from_hf(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"config\.json is not a file"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json is not a file: .* is empty"):
         Llama4VisionConfig.from_hf(tmp_path)
+    for number in range(11):
+        (tmp_path / f"model-{number:02}.gguf").touch()
+    with pytest.raises(FileNotFoundError, match=r"holds model-00\.gguf, .*, model-07\.gguf and 3 more$"):
+        Llama4VisionConfig.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize("hub_id", ["meta-llama/Llama-4-Scout-17B-16E-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"])
+def test_a_hub_id_is_told_from_a_folder(hub_id: str) -> None:
+    for source in (hub_id, Path(hub_id)):
+        with pytest.raises(FileNotFoundError, match=rf"local folder .*hf download {re.escape(hub_id)} --local-dir"):
+            Llama4VisionConfig.from_hf(source)
+    with pytest.raises(FileNotFoundError, match="pass the local folder of a checkpoint"):
+        Llama4VisionConfig.from_hf(f"https://huggingface.co/{hub_id}")
+
+
+def test_the_root_of_a_hub_cache_is_told_from_a_snapshot(tmp_path: Path) -> None:
+    root = tmp_path / "hub" / "models--meta-llama--Llama-4"
+    snapshot = root / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (root / "blobs").mkdir()
+    for folder in (root, root / "snapshots"):
+        with pytest.raises(FileNotFoundError, match=rf"pass the folder of a snapshot: {re.escape(str(snapshot))}$"):
+            Llama4VisionConfig.from_hf(folder)
+    with pytest.raises(FileNotFoundError, match=rf"is a hub cache; pass .* such as {re.escape(str(root))}/snapshots/"):
+        Llama4VisionConfig.from_hf(tmp_path / "hub")
+    snapshot.rmdir()
+    with pytest.raises(FileNotFoundError, match="pass the folder of a snapshot: none is there: download it"):
+        Llama4VisionConfig.from_hf(root)
+
+
+def test_a_link_whose_blob_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").symlink_to("../../blobs/0123")
+    with pytest.raises(FileNotFoundError, match=r"is a symbolic link to \.\./\.\./blobs/0123, which does not exist"):
+        Llama4VisionConfig.from_hf(tmp_path)
+
+
+def test_a_git_lfs_pointer_is_told_from_its_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(LFS_POINTER)
+    with pytest.raises(ValueError, match=r"config\.json is a git-lfs pointer, .*`git lfs pull`"):
+        Llama4VisionConfig.from_hf(tmp_path)
+
+
+def test_a_file_of_tensors_is_not_read_as_a_configuration(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(100))
+    with pytest.raises(ValueError, match=r"model\.safetensors holds tensors, expected JSON; pass the folder"):
+        Llama4VisionConfig.from_hf(tmp_path / "model.safetensors")
+
+
+def test_the_home_folder_has_its_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(SCOUT))
+    for source in ("~", "~/config.json", Path("~")):
+        assert Llama4VisionConfig.from_hf(source) == Llama4VisionConfig.scout()
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are POSIX only")

@@ -6,6 +6,7 @@ What writes parquet needs pyarrow, and the rest Ray: ./scripts/test_vllm.sh has 
 import importlib.util
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from vit_encoder import Llama4VisionConfig, encode_images
+from vit_encoder import Llama4ImageSettings, Llama4VisionConfig, encode_images
 
 from experiments import encode_dataset
 from experiments.dataset_encoder import EncoderSettings, filled
+from experiments.dataset_engines import Job
 from experiments.dataset_images import decode, references
 from experiments.dataset_parts import Embedding, difference, read_embeddings, sources_done, write_part
 from experiments.encode_dataset import Progress
@@ -71,7 +73,7 @@ def test_the_rate_leaves_the_first_part_out() -> None:
 def test_a_bad_image_keeps_its_error(images: Path) -> None:
     found = references(f"{images}/*")
     assert [Path(reference["source"]).name for reference in found][2:4] == ["2.png", "2b.png"]
-    good, bad = (decode(reference, image_size=112, max_tiles=4) for reference in found[2:4])
+    good, bad = (decode(reference, Llama4ImageSettings(image_size=112, max_tiles=4)) for reference in found[2:4])
     assert (good["error"], good["pixel_values"].shape, good["high"], good["wide"]) == ("", (5, 3, 112, 112), 2, 2)
     assert (bad["pixel_values"].shape, bad["high"]) == ((0, 3, 112, 112), 0)
     assert bad["error"].startswith("OSError: image: expected a complete image")
@@ -131,12 +133,40 @@ def test_each_row_is_what_the_encoder_gives_for_its_image(images: Path, tmp_path
             assert row.error.startswith("OSError: image: expected a complete image")
             assert row.features.shape == (0, 120)
             continue
-        tiled = decode({"source": "", "file": str(path), "group": -1, "row": -1}, image_size=112, max_tiles=4)
+        tiled = decode(
+            {"source": "", "file": str(path), "group": -1, "row": -1}, Llama4ImageSettings(image_size=112, max_tiles=4)
+        )
         assert (row.high, row.wide, row.error) == (tiled["high"], tiled["wide"], "")
         with torch.inference_mode():
             pixel_values = torch.from_numpy(tiled["pixel_values"])
             expected = model(pixel_values).flatten(0, 1)
         torch.testing.assert_close(torch.from_numpy(row.features.copy()), expected)
+
+
+@needs_pyarrow
+@pytest.mark.parametrize(("arguments", "most"), [([], 3), (["--max-tiles", "2"], 2)])
+def test_images_are_tiled_as_the_checkpoint_says(
+    arguments: list[str], most: int, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(asdict(Llama4VisionConfig.tiny())))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"max_patches": 3, "image_mean": [0.1, 0.2, 0.3]}))
+    jobs: list[Job] = []
+
+    def kept(engine: str, job: Job) -> Progress:
+        jobs.append(job)
+        return Progress(seconds=[1.0])
+
+    monkeypatch.setattr(encode_dataset, "_run", kept)
+    encode_dataset.main(
+        ["--images", f"{images}/*", "--out", str(tmp_path / "out"), "--checkpoint", str(folder), *arguments]
+    )
+    settings = Llama4ImageSettings(image_size=112, max_tiles=most, image_mean=(0.1, 0.2, 0.3))
+    reference = {"source": "", "file": str(images / "3.png"), "group": -1, "row": -1}
+    tiled = jobs[0].decode(reference)
+    np.testing.assert_array_equal(tiled["pixel_values"], decode(reference, settings)["pixel_values"])
+    assert tiled["high"] * tiled["wide"] == most
 
 
 @needs_pyarrow
@@ -248,4 +278,4 @@ def test_the_encoded_bytes_of_an_image_are_enough(tmp_path: Path) -> None:
     picture(20, 30).save(stream, "PNG")
     (tmp_path / "no suffix").write_bytes(stream.getvalue())
     (reference,) = references(f"{tmp_path}/*")
-    assert decode(reference, image_size=112, max_tiles=1)["pixel_values"].shape == (1, 3, 112, 112)
+    assert decode(reference, Llama4ImageSettings(image_size=112, max_tiles=1))["pixel_values"].shape == (1, 3, 112, 112)

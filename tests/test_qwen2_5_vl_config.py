@@ -5,8 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 from vit_encoder import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel
@@ -60,6 +63,103 @@ def test_transformers_objects_and_their_files_are_read(tmp_path: Path) -> None:
     assert theta != 300.0
     for config in (whole, whole.vision_config, whole.to_dict(), tmp_path, tmp_path / "config.json"):
         assert Qwen2_5_VLVisionConfig.from_hf(config) == expected
+
+
+SHORT = {
+    "hidden_size": 1280,
+    "in_chans": 3,
+    "model_type": "qwen2_5_vl",
+    "spatial_patch_size": 14,
+    "tokens_per_second": 2,
+}
+"""What transformers 4.49 wrote for the 7B; of the others also the last two fields here."""
+
+
+@pytest.mark.parametrize(
+    ("written", "text_width", "expected"),
+    [
+        ({"out_hidden_size": 2048}, 2048, Qwen2_5_VLVisionConfig.qwen2_5_vl_3b()),
+        ({}, 3584, Qwen2_5_VLVisionConfig.qwen2_5_vl_7b()),
+        ({"intermediate_size": 3456, "out_hidden_size": 5120}, 5120, Qwen2_5_VLVisionConfig.qwen2_5_vl_32b()),
+        ({"intermediate_size": 3456, "out_hidden_size": 8192}, 8192, Qwen2_5_VLVisionConfig.qwen2_5_vl_72b()),
+    ],
+    ids=["3b", "7b", "32b", "72b"],
+)
+def test_what_transformers_4_49_left_out_is_filled_in(
+    written: dict[str, Any], text_width: int, expected: Qwen2_5_VLVisionConfig
+) -> None:
+    section = SHORT | written
+    text: dict[str, Any]
+    for text in ({}, {"hidden_size": text_width}, {"text_config": {"hidden_size": text_width}}):
+        assert Qwen2_5_VLVisionConfig.from_hf({"model_type": "qwen2_5_vl", "vision_config": section} | text) == expected
+    assert Qwen2_5_VLVisionConfig.from_hf(section) == expected
+    without_type = {key: value for key, value in section.items() if key != "model_type"}
+    whole = {"model_type": "qwen2_5_vl", "vision_config": without_type}
+    assert Qwen2_5_VLVisionConfig.from_hf(whole) == expected
+
+
+def test_what_is_filled_in_are_the_defaults_of_transformers() -> None:
+    allow_torchvision_beside_cpu_torch()
+    import transformers
+
+    expected = Qwen2_5_VLVisionConfig.from_hf(transformers.Qwen2_5_VLConfig().vision_config)
+    assert Qwen2_5_VLVisionConfig.from_hf({"model_type": "qwen2_5_vl"}) == expected
+
+
+@given(st.sets(st.sampled_from(sorted(TINY.keys() - {"rope_theta"}))))
+def test_any_field_may_be_left_out_where_it_is_the_default(missing: set[str]) -> None:
+    default = dataclasses.asdict(Qwen2_5_VLVisionConfig(hidden_size=3584))
+    given = {"model_type": "qwen2_5_vl_vision"} | {key: value for key, value in default.items() if key not in missing}
+    assert dataclasses.asdict(Qwen2_5_VLVisionConfig.from_hf(given)) == default
+
+
+@pytest.mark.parametrize("text", [{"hidden_size": 8192}, {"text_config": {"hidden_size": 8192}}])
+def test_a_default_that_the_text_model_contradicts_is_refused(text: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"lacks out_hidden_size: transformers' default, 3584, is not .*, 8192"):
+        Qwen2_5_VLVisionConfig.from_hf({"vision_config": SHORT} | text)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model_type": "qwen2_vl", "hidden_size": 3584, "in_chans": 3, "spatial_patch_size": 14},
+        {"model_type": "qwen2_5_vl", "hidden_size": 3584, "vocab_size": 152064, "num_attention_heads": 28},
+        {"model_type": "qwen2_5_vl", "text_config": {"hidden_size": 3584}},
+        {"model_type": "qwen2_5_omni", "thinker_config": {"vision_config": PUBLISHED}},
+        {"model_type": "qwen2_5_vl", "vision_config": SHORT | {"depth": None}},
+        {},
+    ],
+)
+def test_nothing_is_filled_in_for_what_is_no_qwen2_5_vl_encoder(other: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"the vision configuration lacks .*depth.*; it has"):
+        Qwen2_5_VLVisionConfig.from_hf(other)
+
+
+def test_other_names_of_a_field_are_read() -> None:
+    others = {"num_hidden_layers": 2, "num_attention_heads": 8, "in_chans": 4, "spatial_patch_size": 7}
+    config = Qwen2_5_VLVisionConfig.from_hf(SHORT | others)
+    assert (config.depth, config.num_heads, config.in_channels, config.patch_size) == (2, 8, 4, 7)
+    config = Qwen2_5_VLVisionConfig.from_hf(PUBLISHED | others | {"in_channels": 3})
+    assert config == Qwen2_5_VLVisionConfig.qwen2_5_vl_3b()
+
+
+def test_a_side_may_be_given_twice() -> None:
+    expected = Qwen2_5_VLVisionConfig.qwen2_5_vl_3b()
+    assert Qwen2_5_VLVisionConfig.from_hf(PUBLISHED | {"patch_size": [14, 14]}) == expected
+    with pytest.raises(ValueError, match=r"patch_size must be one number or the same one twice, got \[14, 16\]"):
+        Qwen2_5_VLVisionConfig.from_hf(PUBLISHED | {"patch_size": [14, 16]})
+
+
+def test_scaled_rotary_embeddings_are_refused() -> None:
+    with pytest.raises(ValueError, match="rope_parameters must be of rope_type default or axial, got 'yarn'"):
+        Qwen2_5_VLVisionConfig.from_hf(PUBLISHED | {"rope_parameters": {"rope_type": "yarn"}})
+
+
+def test_numpy_s_numbers_are_numbers() -> None:
+    numbers = {"depth": np.int64(4), "fullatt_block_indexes": [np.int32(1), np.int64(3)], "rope_theta": np.float32(1e4)}
+    config = Qwen2_5_VLVisionConfig(**(TINY | numbers))
+    assert config == Qwen2_5_VLVisionConfig.tiny()
+    assert {type(index) for index in config.fullatt_block_indexes} == {int}
 
 
 @pytest.mark.parametrize("missing", [["depth"], ["hidden_size", "window_size"], ["fullatt_block_indexes"]])

@@ -1,5 +1,6 @@
 """The main job on Qwen2.5-VL: what it writes, that a wrong result is not timed, and options that are not for it."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from vit_encoder import Qwen2_5_VLVisionConfig
-from vit_encoder.qwen2_5_vl import reference_forward
+from vit_encoder import Qwen2_5_VLImageSettings, Qwen2_5_VLVisionConfig
+from vit_encoder.qwen2_5_vl import patch_image, reference_forward
 
 from experiments.comparison import ALLOWED_EPS, relative_error
 from experiments.compile_encoder import main
-from experiments.qwen2_5_vl import GRIDS
+from experiments.qwen2_5_vl import GRIDS, prepare
 from experiments.weights import random_encoder
 from tests.qwen2_5_vl_batches import patches
-from tests.test_qwen2_5_vl_config import save
+from tests.test_qwen2_5_vl_config import CONFIG, save
 
 QUICK = ["--model", "qwen2_5_vl", "--backend", "eager", "--repeats", "1", "--max-pixels", "30000"]
 
@@ -69,10 +70,25 @@ def test_a_checkpoint_and_a_wrong_rotary(tmp_path: Path, monkeypatch: pytest.Mon
     assert not result["right"]
 
 
+def test_an_image_is_prepared_as_the_checkpoint_says(tmp_path: Path) -> None:
+    save(tmp_path, "visual.")
+    said = {"min_pixels": 1, "max_pixels": 4096, "patch_size": 4, "image_mean": [0.1, 0.2, 0.3]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    image = tmp_path / "image.png"
+    Image.effect_noise((100, 80), 50).save(image)
+    options = argparse.Namespace(checkpoint=tmp_path, config="7b", layers=None, max_pixels=None)
+    pixel_values, grid_thw = prepare(options, torch.float32, torch.device("cpu"), image).inputs
+    expected = patch_image(image, CONFIG, settings=Qwen2_5_VLImageSettings.from_hf(tmp_path))
+    assert torch.equal(pixel_values, expected.pixel_values)
+    assert grid_thw.tolist() == [[1, 14, 16]]
+    options.max_pixels = 1024
+    assert prepare(options, torch.float32, torch.device("cpu"), image).inputs[1].tolist() == [[1, 6, 8]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--config scout", "--config: got 'scout', expected one of 7b, 3b, tiny"),
+        ("--config scout", "--config: got 'scout', expected one of 7b, 3b, 32b, 72b, tiny"),
         ("--tile-counts 1 2", "--tile-counts: not for --model qwen2_5_vl"),
         ("--max-tiles 2", "--max-tiles: not for --model qwen2_5_vl"),
         ("--model llama4 --config tiny", "--max-pixels: not for --model llama4"),

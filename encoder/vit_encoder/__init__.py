@@ -15,6 +15,7 @@ from vit_encoder.compilation import (
     whole_graph,
 )
 from vit_encoder.llama4 import (
+    Llama4ImageSettings,
     Llama4MultiModalProjector,
     Llama4VisionConfig,
     Llama4VisionModel,
@@ -22,14 +23,16 @@ from vit_encoder.llama4 import (
     encode_images,
     tile_image,
 )
-from vit_encoder.qwen2_5_vl import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel
+from vit_encoder.qwen2_5_vl import Qwen2_5_VLImageSettings, Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel
 
 __all__ = [
     "CompilationConfig",
     "DynamicDims",
+    "Llama4ImageSettings",
     "Llama4MultiModalProjector",
     "Llama4VisionConfig",
     "Llama4VisionModel",
+    "Qwen2_5_VLImageSettings",
     "Qwen2_5_VLVisionConfig",
     "Qwen2_5_VLVisionModel",
     "TiledImage",

@@ -21,11 +21,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from vit_encoder.configs import read_json_object
+from vit_encoder.configs import check_file, read_json_object, what_it_is
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+FOREIGN_SUFFIXES = {".gguf", ".h5", ".msgpack", ".npz", ".onnx"}
 # By their names in a safetensors header. Float8 is left out: such a weight means nothing without its scales.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -105,13 +106,14 @@ def read_tensors(
 
     Every file's header is checked before anything is read. One ValueError lists all tensors that are missing,
     unexpected (unknown names under the prefixes of the wanted ones), of another shape or not floating, and the files
-    that cannot be read. ValueError also for a folder that holds only pickles, for an index that is malformed or names
-    anything but files directly in its folder (these may be symbolic links to elsewhere, as in Hugging Face's cache),
-    and for a dtype or device that cannot be had; TypeError for a dtype that is none; OSError for a missing folder.
+    that cannot be read. ValueError also for a folder that holds only pickles or another format, for a git-lfs
+    pointer, for an index that is malformed or names anything but files directly in its folder (these may be symbolic
+    links to elsewhere, as in Hugging Face's cache), and for a dtype or device that cannot be had; TypeError for a dtype
+    that is none; OSError, which says what is there instead and what to pass, for a missing folder or file.
     """
     _check_dtype(dtype)
     device = _usable_device(device)
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     files = _file_of_each_tensor(folder)
     wanted = _as_stored(wanted, files)
     stored_dtypes = _checked_dtypes(folder, wanted, files)
@@ -139,17 +141,23 @@ def _usable_device(device: torch.device | str | None) -> torch.device:
 
 def _file_of_each_tensor(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
-        raise FileNotFoundError(f"the checkpoint {folder} is not a folder")
-    if (folder / SINGLE_FILE).exists():
+        raise FileNotFoundError(f"the checkpoint {folder} is not a folder{what_it_is(folder)}")
+    # A link whose file is gone is there, too: it must not make another file win.
+    if os.path.lexists(folder / SINGLE_FILE):
         return dict.fromkeys(_headers(folder / SINGLE_FILE), SINGLE_FILE)
-    if (folder / INDEX_FILE).exists():
+    if os.path.lexists(folder / INDEX_FILE):
         return _weight_map(folder / INDEX_FILE)
     if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES):
         raise ValueError(
             f"the checkpoint {folder} holds no safetensors, only {', '.join(pickles)}: pickles are never read, because "
             "unpickling runs code; convert them to safetensors"
         )
-    raise FileNotFoundError(f"the checkpoint {folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    if foreign := sorted(path.name for path in folder.iterdir() if path.suffix in FOREIGN_SUFFIXES):
+        raise ValueError(
+            f"the checkpoint {folder} holds no safetensors, only {', '.join(foreign)}, a format that is not read: "
+            "download the safetensors that it was converted from"
+        )
+    raise FileNotFoundError(f"the checkpoint {folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}{what_it_is(folder)}")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -168,9 +176,7 @@ def _is_shard_name(file: object) -> bool:
 
 @contextmanager
 def _open_shard(path: Path) -> Iterator[safe_open]:
-    # Asked first, because opening a named pipe would wait for a writer for ever.
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file")
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as shard:
             yield shard

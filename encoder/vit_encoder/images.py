@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -12,7 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
+
+from vit_encoder.image_settings import Normalisation
 
 ImageInput: TypeAlias = Image.Image | str | os.PathLike[str] | np.ndarray | Tensor
 
@@ -22,12 +24,20 @@ _ACCEPTED_PIXELS = (
 )
 
 
-def check_positive_int(name: str, value: int) -> None:
-    """Raise TypeError for what is no int, ValueError for one below 1."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {value!r} of type {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected an int of at least 1, got {value}")
+def check_images(images: object) -> None:
+    """Raise TypeError for what is no sequence of images, ValueError for an empty one."""
+    if not isinstance(images, Sequence) or isinstance(images, str | bytes):
+        raise TypeError(
+            f"images: expected a sequence of images, got one {type(images).__name__}; pass [image] to encode one image"
+        )
+    if not images:
+        raise ValueError("images: expected at least one image, got an empty sequence")
+
+
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype] | None:
+    """Where and in which dtype a module takes its pixels: as its first floating parameter; None where it has none."""
+    parameter = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
+    return None if parameter is None else (parameter.device, parameter.dtype)
 
 
 def resize(pixels: Tensor, height: int, width: int, mode: str) -> Tensor:
@@ -35,6 +45,18 @@ def resize(pixels: Tensor, height: int, width: int, mode: str) -> Tensor:
     if pixels.shape[-2:] == (height, width):
         return pixels
     return F.interpolate(pixels[None], (height, width), mode=mode, align_corners=False, antialias=True)[0]
+
+
+def normalise(pixels: Tensor, normalisation: Normalisation) -> Tensor:
+    """[3, height, width] of levels (uint8), or of fractions of 255 levels (floating), normalised in float32."""
+    step = normalisation.rescale_factor * (255 if pixels.is_floating_point() else 1)
+    # One subtraction and one division of the levels, as transformers has it: the roundings are the same. Device and
+    # dtype are given because those that PyTorch takes by default are the user's.
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device="cpu")[:, None, None] * (1.0 / step)
+        for values in (normalisation.image_mean, normalisation.image_std)
+    )
+    return (pixels.to(torch.float32) - mean) / std
 
 
 def to_rgb(image: ImageInput) -> Tensor:

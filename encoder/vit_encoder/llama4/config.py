@@ -6,7 +6,16 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vit_encoder.configs import HfConfig, as_mapping, check_head_dim, check_positive, read_config, whole_config
+from vit_encoder.configs import (
+    HfConfig,
+    as_mapping,
+    check_head_dim,
+    check_positive,
+    read_config,
+    rope_theta,
+    side,
+    whole_config,
+)
 
 __all__ = ["Llama4VisionConfig", "read_config", "text_hidden_size"]
 
@@ -41,7 +50,8 @@ class Llama4VisionConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            check_positive(field.name, getattr(self, field.name), whole=field.type == "int")
+            number = check_positive(field.name, getattr(self, field.name), whole=field.type == "int")
+            object.__setattr__(self, field.name, number)
         self._check_grid()
         check_head_dim("num_attention_heads", self.hidden_size, self.num_attention_heads)
         self._check_adapter()
@@ -77,8 +87,13 @@ class Llama4VisionConfig:
 
     @classmethod
     def scout(cls) -> Llama4VisionConfig:
-        """The encoder of Llama 4 Scout and Maverick: 34 layers, 16 heads of 88, 577 tokens a tile of 336 pixels."""
+        """The encoder of Llama 4 Scout: 34 layers, 16 heads of 88, 577 tokens a tile of 336 pixels."""
         return cls()
+
+    @classmethod
+    def maverick(cls) -> Llama4VisionConfig:
+        """The encoder of Llama 4 Maverick, which has Scout's sizes."""
+        return cls.scout()
 
     @classmethod
     def tiny(cls) -> Llama4VisionConfig:
@@ -100,16 +115,19 @@ class Llama4VisionConfig:
 
         `config` is a transformers configuration object, a mapping, or the path of a config.json or of its folder.
         Unknown keys are ignored. `rope_theta` may stand in `rope_parameters`, which wins as it does in transformers,
-        or beside the other fields. Nothing is filled in: the defaults of transformers' class are not Llama 4's.
+        or beside the other fields, and `image_size` and `patch_size` may be given twice, as [336, 336]. Nothing is
+        filled in: the defaults of transformers' class are not Llama 4's, and every version that knows Llama 4 writes
+        all fields.
 
-        Raises ValueError listing every missing field, for broken JSON and for sizes that do not fit together;
-        TypeError for anything else than a configuration; OSError for a path that cannot be read.
+        Raises ValueError listing every missing field, for broken JSON, for scaled rotary embeddings and for sizes that
+        do not fit together; TypeError for anything else than a configuration; OSError, which says what to pass, for a
+        path that cannot be read, such as a hub id.
         """
         whole = whole_config(config)
         section = as_mapping("vision_config", whole.get("vision_config", whole))
-        rope = as_mapping("rope_parameters", section.get("rope_parameters") or {})
         given: dict[str, Any] = {field.name: section.get(field.name) for field in fields(cls)}
-        given["rope_theta"] = rope.get("rope_theta", given["rope_theta"])
+        given |= {name: side(name, given[name]) for name in ("image_size", "patch_size")}
+        given["rope_theta"] = rope_theta(section)
         if missing := [name for name, value in given.items() if value is None]:
             raise ValueError(f"the vision configuration lacks {', '.join(missing)}; it has {list(section)}")
         return cls(**given)
@@ -162,5 +180,4 @@ def text_hidden_size(config: HfConfig) -> int:
             "the configuration lacks text_config.hidden_size, the multi-modal projector's output width; "
             f"it has {list(whole)}"
         )
-    check_positive("text_config.hidden_size", width, whole=True)
-    return width
+    return int(check_positive("text_config.hidden_size", width, whole=True))

@@ -16,6 +16,7 @@ from vit_encoder.attention import Attention
 from vit_encoder.compilation import CompilationConfig, support_torch_compile
 from vit_encoder.llama4.checkpoint import projector_tensors, read_tensors, vision_tensors
 from vit_encoder.llama4.config import Llama4VisionConfig, text_hidden_size
+from vit_encoder.llama4.images import Llama4ImageSettings
 from vit_encoder.llama4.rotary import RotaryTables
 from vit_encoder.modules import can_nest_regions, check_dtype_and_device, check_order, first_layers, is_plain_linear
 from vit_encoder.rotary import Rotation
@@ -132,6 +133,7 @@ class Llama4VisionModel(nn.Module):
             )
         self.config = config
         self.compilation_config = compilation_config
+        self.image_settings = Llama4ImageSettings(image_size=config.image_size)
         self.patch_embed = nn.Linear(config.patch_dim, config.hidden_size, bias=False)
         self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
         self.position_embedding = nn.Parameter(torch.zeros(config.tokens_per_tile, config.hidden_size))
@@ -186,6 +188,7 @@ class Llama4VisionModel(nn.Module):
         device: torch.device | str | None = None,
         compilation_config: CompilationConfig | None = None,
         fuse_gelu: bool = False,
+        image_settings: Llama4ImageSettings | None = None,
     ) -> Self:
         """Read the vision tower, and nothing else, of a Hugging Face checkpoint folder (safetensors only).
 
@@ -193,19 +196,23 @@ class Llama4VisionModel(nn.Module):
             folder: holds config.json and model.safetensors, or shards with their index.
             dtype, device: of the weights; as stored and PyTorch's default device when None.
             compilation_config, fuse_gelu: as in the constructor.
+            image_settings: what `encode_images` prepares images by; read from the folder when None.
 
         Returns:
             The encoder in eval mode.
 
         Raises:
-            OSError, TypeError, ValueError: as `Llama4VisionConfig.from_hf` and `read_tensors` say; tensors that are
-                missing, unexpected, misshapen or corrupt are listed in one ValueError.
+            OSError, TypeError, ValueError: as `Llama4VisionConfig.from_hf`, `Llama4ImageSettings.from_hf` and
+                `read_tensors` say; tensors that are missing, unexpected, misshapen or corrupt are listed in one
+                ValueError.
         """
         config = Llama4VisionConfig.from_hf(folder)
+        settings = image_settings or Llama4ImageSettings.from_hf(folder, image_size=config.image_size)
         tensors = read_tensors(folder, vision_tensors(config), dtype=dtype, device=device)
         with torch.device("meta"):
             model = cls(config, compilation_config=compilation_config, fuse_gelu=fuse_gelu)
         model.load_state_dict(tensors, assign=True)
+        model.image_settings = settings
         return model.to(model.class_embedding.device).eval()
 
     def validate_inputs(self, pixel_values: Tensor, cu_seqlens: Tensor | None = None) -> None:

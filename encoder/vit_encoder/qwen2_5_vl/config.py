@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vit_encoder.configs import HfConfig, as_mapping, check_head_dim, check_positive, whole_config
+from vit_encoder.configs import (
+    HfConfig,
+    as_mapping,
+    check_head_dim,
+    check_positive,
+    is_integer,
+    rope_theta,
+    side,
+    whole_config,
+)
 
-# What transformers takes where the published configurations are silent: their `in_chans` is read by nobody.
-_DEFAULTS = {"in_channels": 3, "rope_theta": 10000.0}
+# Right for every Qwen2.5-VL: the published configurations have neither in_channels nor rope_theta.
+_ALWAYS = {"in_channels": 3, "rope_theta": 10000.0}
+# The defaults of transformers' class, in every version: up to 4.49 it wrote only what differs from them.
+_DEFAULTS = {
+    "depth": 32,
+    "hidden_size": 3584,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "window_size": 112,
+    "out_hidden_size": 3584,
+    "fullatt_block_indexes": (7, 15, 23, 31),
+}
+_MODEL_TYPES = ("qwen2_5_vl", "qwen2_5_vl_vision")
+# Other names of a field in published configurations, or in transformers' attribute_map.
+_ALIASES = {
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "in_channels": "in_chans",
+    "patch_size": "spatial_patch_size",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +70,8 @@ class Qwen2_5_VLVisionConfig:  # noqa: N801 (transformers' name)
     def __post_init__(self) -> None:
         for field in fields(self):
             if field.name != "fullatt_block_indexes":
-                check_positive(field.name, getattr(self, field.name), whole=field.type == "int")
+                number = check_positive(field.name, getattr(self, field.name), whole=field.type == "int")
+                object.__setattr__(self, field.name, number)
         self._check_blocks()
         check_head_dim("num_heads", self.hidden_size, self.num_heads)
         unit = self.patch_size * self.spatial_merge_size
@@ -50,11 +82,11 @@ class Qwen2_5_VLVisionConfig:  # noqa: N801 (transformers' name)
 
     def _check_blocks(self) -> None:
         indexes = self.fullatt_block_indexes
-        if not isinstance(indexes, list | tuple) or not all(type(index) is int for index in indexes):
+        if not isinstance(indexes, list | tuple) or not all(is_integer(index) for index in indexes):
             raise TypeError(f"fullatt_block_indexes must be a sequence of integers, got {indexes!r}")
         if any(index < 0 for index in indexes):
             raise ValueError(f"fullatt_block_indexes must not be negative, got {indexes!r}")
-        object.__setattr__(self, "fullatt_block_indexes", tuple(indexes))
+        object.__setattr__(self, "fullatt_block_indexes", tuple(int(index) for index in indexes))
 
     @classmethod
     def qwen2_5_vl_3b(cls) -> Qwen2_5_VLVisionConfig:
@@ -65,6 +97,16 @@ class Qwen2_5_VLVisionConfig:  # noqa: N801 (transformers' name)
     def qwen2_5_vl_7b(cls) -> Qwen2_5_VLVisionConfig:
         """The encoder of Qwen2.5-VL 7B, which differs from 3B's in the width of its features, 3584."""
         return cls()
+
+    @classmethod
+    def qwen2_5_vl_32b(cls) -> Qwen2_5_VLVisionConfig:
+        """The encoder of Qwen2.5-VL 32B: an MLP of 3456 instead of 3420, and features of width 5120."""
+        return cls(intermediate_size=3456, out_hidden_size=5120)
+
+    @classmethod
+    def qwen2_5_vl_72b(cls) -> Qwen2_5_VLVisionConfig:
+        """The encoder of Qwen2.5-VL 72B, which differs from 32B's in the width of its features, 8192."""
+        return cls(intermediate_size=3456, out_hidden_size=8192)
 
     @classmethod
     def tiny(cls) -> Qwen2_5_VLVisionConfig:
@@ -83,22 +125,27 @@ class Qwen2_5_VLVisionConfig:  # noqa: N801 (transformers' name)
         """Reads a Hugging Face configuration: of the whole model (with a `vision_config`) or of the vision model alone.
 
         `config` is a transformers configuration object, a mapping, or the path of a config.json or of its folder.
-        Unknown keys are ignored. Of the fields only `in_channels` and `rope_theta` may be missing, as they are in the
-        published configurations: transformers' defaults, 3 and 10000, are right for those.
+        Unknown keys are ignored, and `patch_size` may be given twice, as [14, 14]. `in_channels` and `rope_theta` may
+        be missing, as they are in the published configurations: 3 and 10000 are right for those. Where `model_type`
+        says that it is Qwen2.5-VL's, any field may be: transformers up to 4.49 wrote only what differs from the
+        defaults of its class, and these are filled in. A missing `out_hidden_size` must agree with the text model's
+        `hidden_size`, where that is known.
 
-        Raises ValueError listing every missing field, for an activation other than SiLU, for broken JSON and for sizes
-        that do not fit together; TypeError for anything else than a configuration; OSError for a path that cannot be
-        read.
+        Raises ValueError listing every missing field, for an activation other than SiLU, for broken JSON, for scaled
+        rotary embeddings and for sizes that do not fit together; TypeError for anything else than a configuration;
+        OSError, which says what to pass, for a path that cannot be read, such as a hub id.
         """
         whole = whole_config(config)
         section = as_mapping("vision_config", whole.get("vision_config", whole))
-        rope = as_mapping("rope_parameters", section.get("rope_parameters") or {})
-        given: dict[str, Any] = {
-            field.name: section.get(field.name, _DEFAULTS.get(field.name)) for field in fields(cls)
-        }
-        given["rope_theta"] = rope.get("rope_theta", given["rope_theta"])
+        defaults = _ALWAYS | (_DEFAULTS if _is_short_form(whole, section) else {})
+        given = {field.name: _found(field.name, section, defaults) for field in fields(cls)}
+        given["patch_size"] = side("patch_size", given["patch_size"])
+        if (theta := rope_theta(section)) is not None:
+            given["rope_theta"] = theta
         if missing := [name for name, value in given.items() if value is None]:
             raise ValueError(f"the vision configuration lacks {', '.join(missing)}; it has {list(section)}")
+        if section is not whole and "out_hidden_size" not in section:
+            _check_text_width(given["out_hidden_size"], whole)
         if (activation := section.get("hidden_act", "silu")) != "silu":
             raise ValueError(f"hidden_act must be silu, got {activation!r}")
         return cls(**given)
@@ -122,3 +169,27 @@ class Qwen2_5_VLVisionConfig:  # noqa: N801 (transformers' name)
     def window_units(self) -> int:
         """Merged features along each side of a whole window."""
         return self.window_size // (self.patch_size * self.spatial_merge_size)
+
+
+def _is_short_form(whole: Mapping[str, Any], section: Mapping[str, Any]) -> bool:
+    """Whether what the section lacks are the defaults of transformers' class.
+
+    A whole model's configuration without a vision_config has sizes under the same names, which are the text model's.
+    """
+    is_text = section is whole and ("vocab_size" in whole or "text_config" in whole)
+    return section.get("model_type", whole.get("model_type")) in _MODEL_TYPES and not is_text
+
+
+def _found(name: str, section: Mapping[str, Any], defaults: Mapping[str, object]) -> Any:
+    if name not in section and _ALIASES.get(name) in section:
+        return section[_ALIASES[name]]
+    return section.get(name, defaults.get(name))
+
+
+def _check_text_width(out_hidden_size: int, whole: Mapping[str, Any]) -> None:
+    text = as_mapping("text_config", whole.get("text_config") or whole)
+    if (width := text.get("hidden_size", out_hidden_size)) != out_hidden_size:
+        raise ValueError(
+            f"the vision configuration lacks out_hidden_size: transformers' default, {out_hidden_size}, is not the "
+            f"text model's hidden_size, {width}"
+        )

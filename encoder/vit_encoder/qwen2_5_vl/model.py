@@ -17,6 +17,7 @@ from vit_encoder.compilation.context import surroundings
 from vit_encoder.modules import can_nest_regions, check_dtype_and_device, check_order, first_layers
 from vit_encoder.qwen2_5_vl.checkpoint import vision_tensors
 from vit_encoder.qwen2_5_vl.config import Qwen2_5_VLVisionConfig
+from vit_encoder.qwen2_5_vl.images import Qwen2_5_VLImageSettings
 from vit_encoder.qwen2_5_vl.metadata import VisionMetadata, vision_metadata
 from vit_encoder.rotary import Rotation
 
@@ -245,6 +246,7 @@ class Qwen2_5_VLVisionModel(nn.Module):  # noqa: N801 (transformers' prefix)
             raise TypeError(
                 f"compilation_config: got {type(compilation_config).__name__}, expected a CompilationConfig or None"
             )
+        self.image_settings = Qwen2_5_VLImageSettings()
         self.encoder = Qwen2_5_VLVisionEncoder(config, compilation_config=compilation_config)
 
     @property
@@ -293,6 +295,7 @@ class Qwen2_5_VLVisionModel(nn.Module):  # noqa: N801 (transformers' prefix)
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         compilation_config: CompilationConfig | None = None,
+        image_settings: Qwen2_5_VLImageSettings | None = None,
     ) -> Self:
         """Read the vision tower, and nothing else, of a Hugging Face checkpoint folder (safetensors only).
 
@@ -300,19 +303,23 @@ class Qwen2_5_VLVisionModel(nn.Module):  # noqa: N801 (transformers' prefix)
             folder: holds config.json and model.safetensors, or shards with their index.
             dtype, device: of the weights; as stored and PyTorch's default device when None.
             compilation_config: as in the constructor.
+            image_settings: what `encode_images` prepares images by; read from the folder when None.
 
         Returns:
             The encoder in eval mode.
 
         Raises:
-            OSError, TypeError, ValueError: as `Qwen2_5_VLVisionConfig.from_hf` and `read_tensors` say; tensors that are
-                missing, unexpected, misshapen or corrupt are listed in one ValueError.
+            OSError, TypeError, ValueError: as `Qwen2_5_VLVisionConfig.from_hf`, `Qwen2_5_VLImageSettings.from_hf` and
+                `read_tensors` say; tensors that are missing, unexpected, misshapen or corrupt are listed in one
+                ValueError.
         """
         config = Qwen2_5_VLVisionConfig.from_hf(folder)
+        settings = image_settings or Qwen2_5_VLImageSettings.from_hf(folder)
         tensors = read_tensors(folder, vision_tensors(config), dtype=dtype, device=device)
         with torch.device("meta"):
             model = cls(config, compilation_config=compilation_config)
         model.load_state_dict(tensors, assign=True)
+        model.image_settings = settings
         return model.eval()
 
 
