@@ -46,6 +46,8 @@ class SharedForward:
         ]:
             self.relink()
 
+    # Tensors made in inference mode could take no part in training later.
+    @torch.inference_mode(False)
     def relink(self) -> None:
         """Make the encoder of what the vision model holds now.
 
@@ -63,8 +65,8 @@ class SharedForward:
                 setattr(owner, name, thing)
         for module in self.packed:
             module.pack()
-        if not all(module.is_packed(name) for module in self.packed for name in ("weight", "bias")):
-            raise ValueError("model: got projections that share their weights, expected each to have its own")
+        if not all(module.is_packed(name) for module in self.packed for name in module._buffers):
+            raise ValueError("model: got layers or projections that share weights, expected each to have its own")
         holders = [entries for module in self.vision.modules() for entries in (module._modules, module._parameters)]
         self.seen = [(entries, name, thing) for entries in holders for name, thing in entries.items()]
         self.packed_tensors = [tensor for module in self.packed for tensor in module.tensors()]
@@ -145,40 +147,47 @@ class PackedLinear(nn.Module):
         self.owner = owner
         self.names = names
 
-    def _parts(self) -> list[Any]:
-        return [getattr(self.owner, name) for name in self.names]
+    def _tensors(self, name: str) -> list[Tensor]:
+        return [getattr(getattr(self.owner, part), name) for part in self.names]
 
     def tensors(self) -> list[Tensor]:
-        """The parts' weights and biases."""
-        return [tensor for part in self._parts() for tensor in (part.weight, part.bias)]
-
-    def is_packed(self, name: str) -> bool:
-        """Whether the parts' weights or biases lie in one tensor."""
-        packed, tensors = self._buffers.get(name), [getattr(part, name) for part in self._parts()]
-        return packed is not None and all(
-            tensor.data_ptr() == rows.data_ptr()
-            for tensor, rows in zip(tensors, packed.split([len(tensor) for tensor in tensors]), strict=True)
-        )
+        """The parts' weights and biases, where they are packed."""
+        return [tensor for name in self._buffers for tensor in self._tensors(name)]
 
     @torch.no_grad()
     def pack(self) -> None:
-        """Make the parts' weights and biases rows of one tensor each, unless they are."""
+        """Make the parts' weights and biases rows of one tensor each, unless they are.
+
+        What stands there inside of `torch.func.functional_call` is not ours to move, and stays as it is.
+        """
         for name in ("weight", "bias"):
-            if not self.is_packed(name):
-                tensors = [getattr(part, name) for part in self._parts()]
+            tensors = self._tensors(name)
+            if not all(isinstance(tensor, nn.Parameter) for tensor in tensors):
+                self._buffers.pop(name, None)
+            elif not self.is_packed(name):
                 packed = torch.cat(tensors)
-                self.register_buffer(name, packed, persistent=False)
-                for tensor, rows in zip(tensors, packed.split([len(tensor) for tensor in tensors]), strict=True):
+                for tensor, rows in zip(tensors, _rows(packed, tensors), strict=True):
                     tensor.data = rows
+                self.register_buffer(name, packed, persistent=False)
+
+    def is_packed(self, name: str) -> bool:
+        """Whether the parts' weights or biases lie in one tensor."""
+        packed, tensors = self._buffers.get(name), self._tensors(name)
+        return packed is not None and all(
+            tensor.data_ptr() == rows.data_ptr() for tensor, rows in zip(tensors, _rows(packed, tensors), strict=True)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: [..., in_features] -> [..., sum of the parts' out_features]."""
-        parts = self._parts()
-        if torch.is_grad_enabled() and any(x.requires_grad for part in parts for x in (part.weight, part.bias)):
+        weights, biases = self._tensors("weight"), self._tensors("bias")
+        if not self._buffers or torch.is_grad_enabled() and any(part.requires_grad for part in (*weights, *biases)):
             # The packed tensors have no history that would lead gradients to the parts.
-            weight = torch.cat([part.weight for part in parts])
-            return F.linear(x, weight, torch.cat([part.bias for part in parts]))
+            return F.linear(x, torch.cat(weights), torch.cat(biases))
         return F.linear(x, self.weight, self.bias)
+
+
+def _rows(packed: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    return packed.split([len(tensor) for tensor in tensors])
 
 
 def compilation_config(compile: bool | CompilationConfig) -> CompilationConfig:
@@ -186,6 +195,7 @@ def compilation_config(compile: bool | CompilationConfig) -> CompilationConfig:
     return compile if isinstance(compile, CompilationConfig) else CompilationConfig(compile_mm_encoder=compile)
 
 
+@torch.inference_mode(False)
 def put(vision: Any, config: CompilationConfig, make_forward: Callable[[], SharedForward]) -> None:
     """Give a vision model our forward, compiled as `config` says; where it has it already, only the latter changes.
 
