@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias, overload
 
 import torch
-from torch import nn
 from vit_encoder import Llama4VisionConfig, Llama4VisionModel, Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel
 from vit_encoder.initialise import initialise_
 
@@ -56,8 +54,7 @@ def checkpoint_encoder(
         return model
     if layers > len(model.layers):
         raise ValueError(f"layers: got {layers}, expected at most the {len(model.layers)} of the checkpoint")
-    model.layers = nn.ModuleList(model.layers[:layers])
-    model.config = replace(model.config, num_hidden_layers=layers)
+    model.keep_layers(layers)
     return model
 
 
@@ -71,6 +68,5 @@ def checkpoint_qwen2_5_vl(
     encoder = model.encoder
     if layers > len(encoder.layers):
         raise ValueError(f"layers: got {layers}, expected at most the {len(encoder.layers)} of the checkpoint")
-    encoder.layers = nn.ModuleList(encoder.layers[:layers])
-    encoder.config = replace(encoder.config, depth=layers)
+    encoder.keep_layers(layers)
     return model

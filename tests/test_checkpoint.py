@@ -100,8 +100,8 @@ def test_names_are_the_published_ones() -> None:
     layer = "vision_model.model.layers.0"
     modules = {
         "norm_pre": ["vision_model.layernorm_pre"],
-        "norm_post": ["vision_model.layernorm_post"],
-        "layers.0.norm_1": [f"{layer}.input_layernorm"],
+        "norm_in": [f"{layer}.input_layernorm"],
+        "layers.0.norm_out": ["vision_model.layernorm_post"],
         "layers.0.norm_2": [f"{layer}.post_attention_layernorm"],
         "layers.0.attention.qkv": [f"{layer}.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")],
         "layers.0.attention.out_proj": [f"{layer}.self_attn.o_proj"],

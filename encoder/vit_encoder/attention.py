@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from vit_kernels import rotary_2d, rotary_2d_qkv_, varlen_attention
 
+from vit_encoder.modules import has_hooks
+
 
 class Attention(nn.Module):
     """Self-attention within each sequence, queries and keys rotated by patch position.
@@ -24,7 +26,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Shapes: x and result [tokens, hidden], cu_seqlens [sequences + 1], cos and sin [positions, head_dim // 2]."""
-        qkv = self.qkv(x).unflatten(-1, (3 * self.heads, -1))  # [tokens, 3 * heads, head_dim]
+        qkv = self.qkv(x)  # [tokens, 3 * hidden]
+        # A hook may keep what it was shown, and the rotation would change that.
+        qkv = qkv.clone() if has_hooks(self.qkv) else qkv
+        qkv = qkv.unflatten(-1, (3 * self.heads, -1))  # [tokens, 3 * heads, head_dim]
         q, k, v = rotated(qkv, cos, sin, self.interleaved)  # 3 x [tokens, heads, head_dim]
         x = varlen_attention(q, k, v, cu_seqlens)  # [tokens, heads, head_dim]
         return self.out_proj(x.flatten(1))  # [tokens, hidden]

@@ -25,9 +25,10 @@ def vision_tensors(config: Llama4VisionConfig) -> dict[str, HfTensors]:
         "patch_embed.weight": _vision("patch_embedding.linear.weight", shape=(width, config.patch_dim)),
     }
     tensors |= _weight_and_bias("norm_pre", "layernorm_pre", shape=(width,))
+    norms = [f"model.layers.{i}.input_layernorm" for i in range(config.num_hidden_layers)] + ["layernorm_post"]
+    tensors |= _weight_and_bias("norm_in", norms[0], shape=(width,))
     for i in range(config.num_hidden_layers):
-        tensors |= _layer(f"layers.{i}", f"model.layers.{i}", width, config.intermediate_size)
-    tensors |= _weight_and_bias("norm_post", "layernorm_post", shape=(width,))
+        tensors |= _layer(f"layers.{i}", f"model.layers.{i}", norms[i + 1], width, config.intermediate_size)
     tensors["adapter.fc1.weight"] = _vision("vision_adapter.mlp.fc1.weight", shape=(output, config.intermediate_size))
     tensors["adapter.fc2.weight"] = _vision("vision_adapter.mlp.fc2.weight", shape=(output, output))
     return tensors
@@ -50,14 +51,14 @@ def _weight_and_bias(ours: str, *theirs: str, shape: Shape) -> dict[str, HfTenso
     }
 
 
-def _layer(ours: str, theirs: str, width: int, intermediate: int) -> dict[str, HfTensors]:
+def _layer(ours: str, theirs: str, norm_out: str, width: int, intermediate: int) -> dict[str, HfTensors]:
     attention = f"{theirs}.self_attn"
     qkv = [f"{attention}.{part}_proj" for part in "qkv"]
     return (
-        _weight_and_bias(f"{ours}.norm_1", f"{theirs}.input_layernorm", shape=(width,))
-        | _weight_and_bias(f"{ours}.attention.qkv", *qkv, shape=(width, width))
+        _weight_and_bias(f"{ours}.attention.qkv", *qkv, shape=(width, width))
         | _weight_and_bias(f"{ours}.attention.out_proj", f"{attention}.o_proj", shape=(width, width))
         | _weight_and_bias(f"{ours}.norm_2", f"{theirs}.post_attention_layernorm", shape=(width,))
         | _weight_and_bias(f"{ours}.mlp.fc1", f"{theirs}.mlp.fc1", shape=(intermediate, width))
         | _weight_and_bias(f"{ours}.mlp.fc2", f"{theirs}.mlp.fc2", shape=(width, intermediate))
+        | _weight_and_bias(f"{ours}.norm_out", norm_out, shape=(width,))
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -16,6 +17,24 @@ from vit_encoder.compilation import CompilationConfig, support_torch_compile
 from vit_encoder.llama4.checkpoint import projector_tensors, read_tensors, vision_tensors
 from vit_encoder.llama4.config import Llama4VisionConfig, text_hidden_size
 from vit_encoder.llama4.rotary import RotaryTables
+from vit_encoder.modules import can_nest_regions, check_dtype_and_device, check_order, first_layers, is_plain_linear
+from vit_encoder.rotary import Rotation
+
+
+class LayerNorm(nn.LayerNorm):
+    """A layer norm whose eps is a constant: torch 2.13 makes an input of a float attribute that has had two values in a
+    process, as of two encoders, and cannot trace one inside a nested region.
+    """
+
+    @property
+    def eps(self) -> float:  # type: ignore[override]
+        """1e-5; ValueError where it is set to anything else."""
+        return 1e-5
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        if value != 1e-5:
+            raise ValueError(f"eps: got {value}, expected 1e-5, which Llama 4's norms have")
 
 
 class MLP(nn.Module):
@@ -29,42 +48,42 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: [tokens, hidden] -> [tokens, hidden]."""
-        x = linear_gelu(x, self.fc1.weight, self.fc1.bias) if self.fuse_gelu else F.gelu(self.fc1(x))
-        return self.fc2(x)
+        if self.fuse_gelu and is_plain_linear(self.fc1):
+            return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block, but for the norm before it; it ends with the norm that comes after it.
 
-    def __init__(self, config: Llama4VisionConfig, fuse_gelu: bool) -> None:
+    A compiler fuses that norm with the last addition, but nothing across regions.
+
+    Args:
+        index: which layer of the encoder it is: the norm at its end is that of the next one.
+    """
+
+    def __init__(self, config: Llama4VisionConfig, index: int, fuse_gelu: bool) -> None:
         super().__init__()
-        self.norm_1 = nn.LayerNorm(config.hidden_size)
+        self.index = index
         self.attention = Attention(config.hidden_size, config.num_attention_heads, interleaved=True)
-        self.norm_2 = nn.LayerNorm(config.hidden_size)
+        self.norm_2 = LayerNorm(config.hidden_size)
         self.mlp = MLP(config, fuse_gelu)
+        self.norm_out = LayerNorm(config.hidden_size)
 
-    def forward(
-        self, x: Tensor, normed: Tensor, next_norm: tuple[Tensor, Tensor], cu_seqlens: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """x and norm_1(x) -> the new x and the next layer's norm of it, all [tokens, hidden].
-
-        The next norm is computed here because a compiler fuses it with the last addition, but nothing across regions.
+    def forward(self, x: Tensor, normed: Tensor, cu_seqlens: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Hidden states and the norm of them -> the new hidden states and the norm of these, all [tokens, hidden].
 
         Args:
-            next_norm: its weight and bias [hidden].
             cu_seqlens: [tiles + 1].
-            cos, sin: [577, head_dim // 2].
+            rotation: tables [577, head_dim // 2].
         """
-        # Inductor of torch 2.13 gets gradients around regions wrong.
-        block = self._block if torch.is_grad_enabled() else self._region
-        return block(x, normed, next_norm, cu_seqlens, cos, sin)
+        block = self._region if can_nest_regions() else self._block
+        return block(x, normed, cu_seqlens, rotation.cos, rotation.sin)
 
-    def _block(
-        self, x: Tensor, normed: Tensor, next_norm: tuple[Tensor, Tensor], cu_seqlens: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _block(self, x: Tensor, normed: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         x = x + self.attention(normed, cu_seqlens, cos, sin)  # [tokens, hidden]
         x = x + self.mlp(self.norm_2(x))  # [tokens, hidden]
-        return x, F.layer_norm(x, x.shape[-1:], *next_norm, self.norm_1.eps)
+        return x, self.norm_out(x)  # 2 x [tokens, hidden]
 
     # Compiled once and called by every layer of the one graph.
     _region = torch.compiler.nested_compile_region(_block)
@@ -117,16 +136,17 @@ class Llama4VisionModel(nn.Module):
         self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
         self.position_embedding = nn.Parameter(torch.zeros(config.tokens_per_tile, config.hidden_size))
         self.rotary = RotaryTables(config)
-        self.norm_pre = nn.LayerNorm(config.hidden_size)
-        self.layers = nn.ModuleList(EncoderLayer(config, fuse_gelu) for _ in range(config.num_hidden_layers))
-        self.norm_post = nn.LayerNorm(config.hidden_size)
+        self.norm_pre = LayerNorm(config.hidden_size)
+        self.norm_in = LayerNorm(config.hidden_size)
+        self.layers = nn.ModuleList(EncoderLayer(config, i, fuse_gelu) for i in range(config.num_hidden_layers))
         self.adapter = Adapter(config)
 
     def forward(self, pixel_values: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Encode tiles.
 
         Args:
-            pixel_values: [tiles, num_channels, image_size, image_size], normalised, in the dtype of the weights.
+            pixel_values: [tiles, num_channels, image_size, image_size], normalised, in the encoder's dtype, which is
+                that of `class_embedding`, whatever its linear layers were quantised to; any under autocast.
             cu_seqlens: int32 [tiles + 1], the boundaries of the sequences within which tokens attend to each other,
                 on the device of the pixels. Each tile's own tokens when neither this nor the forward context has them.
 
@@ -135,9 +155,11 @@ class Llama4VisionModel(nn.Module):
 
         Raises:
             TypeError: another dtype.
-            ValueError: another rank, device or size, or no tile at all.
+            ValueError: another rank, device or size, or no tile at all; or layers that were taken out.
         """
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            check_order(self.layers, self.config.num_hidden_layers)
+        else:
             self.validate_inputs(pixel_values, cu_seqlens)
         config = self.config
         tokens = config.tokens_per_tile
@@ -148,10 +170,9 @@ class Llama4VisionModel(nn.Module):
         if cu_seqlens is None:
             cu_seqlens = tokens * torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device)  # [tiles + 1]
         x = x.flatten(0, 1)  # [tiles * 577, hidden]
-        norms: list[nn.LayerNorm] = [*(layer.norm_1 for layer in self.layers), self.norm_post]  # type: ignore[list-item]
-        normed = norms[0](x)  # [tiles * 577, hidden]
-        for layer, norm in zip(self.layers, norms[1:], strict=True):
-            x, normed = layer(x, normed, (norm.weight, norm.bias), cu_seqlens, self.rotary.cos, self.rotary.sin)
+        normed, rotation = self.norm_in(x), self.rotary()  # [tiles * 577, hidden]
+        for layer in self.layers:
+            x, normed = layer(x, normed, cu_seqlens, rotation)  # 2 x [tiles * 577, hidden]
         x = normed.unflatten(0, (-1, tokens))[:, :-1]  # [tiles, 576, hidden]
         x = pixel_shuffle(x, config.grid, config.grid, config.shuffle_factor)  # [tiles, 144, intermediate]
         return self.adapter(x)  # [tiles, 144, vision_output_dim]
@@ -189,7 +210,8 @@ class Llama4VisionModel(nn.Module):
 
     def validate_inputs(self, pixel_values: Tensor, cu_seqlens: Tensor | None = None) -> None:
         """Raise what forward's docstring says, outside of any compiled graph."""
-        config, weight = self.config, self.patch_embed.weight
+        config = self.config
+        check_order(self.layers, config.num_hidden_layers)
         expected = (config.num_channels, config.image_size, config.image_size)
         if not isinstance(pixel_values, Tensor):
             raise TypeError(f"pixel_values: got {type(pixel_values).__name__}, expected a tensor [tiles, *{expected}]")
@@ -197,19 +219,27 @@ class Llama4VisionModel(nn.Module):
             raise ValueError(
                 f"pixel_values: got shape {tuple(pixel_values.shape)}, expected [tiles, *{expected}], at least one tile"
             )
-        if pixel_values.dtype != weight.dtype:
-            raise TypeError(f"pixel_values: got {pixel_values.dtype}, expected {weight.dtype} as the weights have")
-        if pixel_values.device != weight.device:
-            raise ValueError(f"pixel_values: got device {pixel_values.device}, expected {weight.device}")
+        check_dtype_and_device(pixel_values, self.class_embedding)
         if cu_seqlens is None:
             return
         if cu_seqlens.dtype != torch.int32:
             raise TypeError(f"cu_seqlens: got {cu_seqlens.dtype}, expected torch.int32")
-        if cu_seqlens.shape != (len(pixel_values) + 1,) or cu_seqlens.device != weight.device:
+        if cu_seqlens.shape != (len(pixel_values) + 1,) or cu_seqlens.device != pixel_values.device:
             raise ValueError(
                 f"cu_seqlens: got shape {tuple(cu_seqlens.shape)} on {cu_seqlens.device}, expected "
-                f"[tiles + 1 = {len(pixel_values) + 1}] on {weight.device}"
+                f"[tiles + 1 = {len(pixel_values) + 1}] on {pixel_values.device}"
             )
+
+    def keep_layers(self, count: int) -> None:
+        """Cut the encoder off after its first layers: in place, with the norm at its end after the last of them.
+
+        To look at hidden states as they pass, hook the layers instead: a layer gives them and their norm.
+
+        Raises:
+            ValueError: not from 1 to all of them.
+        """
+        self.layers = first_layers(self.layers, count)
+        self.config = replace(self.config, num_hidden_layers=count)
 
 
 class Llama4MultiModalProjector(nn.Module):

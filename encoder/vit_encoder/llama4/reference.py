@@ -53,11 +53,12 @@ def reference_forward(model: nn.Module, pixel_values: Tensor, *, progress: bool 
     x = linear(patches, "patch_embed")
     x = torch.cat([x, weight("class_embedding").expand(len(x), 1, -1)], dim=1) + weight("position_embedding")
     x = layer_norm(x, "norm_pre").flatten(0, 1)
+    norms = ["norm_in", *(f"layers.{i}.norm_out" for i in range(config.num_hidden_layers))]
     for i in tqdm(range(config.num_hidden_layers), desc="fp64 oracle, layers", disable=not progress):
-        x = x + attention(layer_norm(x, f"layers.{i}.norm_1"), f"layers.{i}.attention")
+        x = x + attention(layer_norm(x, norms[i]), f"layers.{i}.attention")
         hidden = _gelu(linear(layer_norm(x, f"layers.{i}.norm_2"), f"layers.{i}.mlp.fc1"))
         x = x + linear(hidden, f"layers.{i}.mlp.fc2")
-    x = layer_norm(x, "norm_post").reshape(-1, tokens, config.hidden_size)[:, :-1]
+    x = layer_norm(x, norms[-1]).reshape(-1, tokens, config.hidden_size)[:, :-1]
     x = pixel_shuffle_reference(x, config.grid, config.grid, config.shuffle_factor)
     return _gelu(linear(_gelu(linear(x, "adapter.fc1")), "adapter.fc2"))
 
@@ -69,7 +70,7 @@ def _gelu(x: Tensor) -> Tensor:
 def _tables(config: Llama4VisionConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """Angles one patch and one frequency at a time; the class token, last, stays where it is."""
     half = config.head_dim // 2
-    angles = torch.zeros(config.tokens_per_tile, half, dtype=torch.float64)
+    angles = torch.zeros(config.tokens_per_tile, half, dtype=torch.float64, device="cpu")
     for patch in range(config.patches_per_tile):
         y, x = divmod(patch, config.grid)
         for i in range(half // 2):

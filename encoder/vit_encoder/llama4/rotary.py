@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_encoder.llama4.config import Llama4VisionConfig
-from vit_encoder.rotary import axial_frequencies
+from vit_encoder.rotary import Rotation, axial_frequencies
 
 
 def rotary_tables(config: Llama4VisionConfig, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
@@ -46,6 +46,12 @@ class RotaryTables(nn.Module):
         cos, sin = rotary_tables(self.config, device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self) -> Rotation:
+        """Both tables; FSDP casts buffers without `_apply`."""
+        if self.cos.dtype != torch.float32:
+            self._build(self.cos.device)
+        return Rotation(self.cos, self.sin)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTables:
         super()._apply(fn, recurse)

@@ -57,13 +57,14 @@ def vision_metadata(
     Args:
         grid_thw: integers [images, 3] on the CPU: frames (pairs of them, for Qwen2.5-VL), rows and columns of patches.
         config: of the encoder.
-        device: where the encoder is.
+        device: where the encoder is; PyTorch's default device when None.
 
     Raises:
         TypeError: `grid_thw` is no tensor of integers.
         ValueError: another shape or device, no image at all, or rows and columns that do not divide into units.
     """
     _check_grid(grid_thw, config)
+    device = torch.get_default_device() if device is None else device
     frames, heights, widths = grid_thw.long().unbind(1)
     heights = (heights // config.spatial_merge_size).repeat_interleave(frames)  # [frames]
     widths = (widths // config.spatial_merge_size).repeat_interleave(frames)  # [frames]
@@ -71,7 +72,7 @@ def vision_metadata(
     units = _units(heights, widths, sizes)  # [units] each
     reverse_index, is_first = _window_order(units, config.window_units)  # [units], [units]
     window_index = torch.empty_like(reverse_index)
-    window_index[reverse_index] = torch.arange(len(reverse_index))
+    window_index[reverse_index] = torch.arange(len(reverse_index), device="cpu")
     ends = torch.cat([is_first[window_index].nonzero()[1:, 0], sizes.sum()[None]])  # [windows]
     cos, sin = _tables(units, window_index, config, device)
     return VisionMetadata(
@@ -89,7 +90,7 @@ def _units(heights: Tensor, widths: Tensor, sizes: Tensor) -> _Units:
         return of_each_frame.repeat_interleave(sizes)
 
     start, width = of_each_unit(sizes.cumsum(0) - sizes), of_each_unit(widths)
-    place = torch.arange(len(start)) - start
+    place = torch.arange(len(start), device="cpu") - start
     return _Units(start, place // width, place % width, of_each_unit(heights), width)
 
 
@@ -108,11 +109,12 @@ def _boundaries(ends: Tensor, config: Qwen2_5_VLVisionConfig) -> Tensor:
 
 
 def _tables(
-    units: _Units, window_index: Tensor, config: Qwen2_5_VLVisionConfig, device: torch.device | str | None
+    units: _Units, window_index: Tensor, config: Qwen2_5_VLVisionConfig, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
     merge = config.spatial_merge_size
     corners = torch.stack([units.row, units.column], dim=-1)[window_index] * merge  # [units, 2]
-    inner = torch.cartesian_prod(torch.arange(merge), torch.arange(merge)).view(-1, 2)  # [merge_unit, 2]
+    side = torch.arange(merge, device="cpu")
+    inner = torch.cartesian_prod(side, side).view(-1, 2)  # [merge_unit, 2]
     positions = (corners[:, None] + inner).flatten(0, 1).to(device, torch.float32)  # [patches, 2]
     frequencies = axial_frequencies(config.head_dim, config.rope_theta, device)  # [head_dim // 4]
     angles = (positions[..., None] * frequencies).flatten(1)  # [patches, head_dim // 2]

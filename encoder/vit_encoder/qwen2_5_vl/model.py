@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -13,11 +14,27 @@ from vit_encoder.attention import Attention
 from vit_encoder.checkpoints import read_tensors
 from vit_encoder.compilation import CompilationConfig, support_torch_compile
 from vit_encoder.compilation.context import surroundings
+from vit_encoder.modules import can_nest_regions, check_dtype_and_device, check_order, first_layers
 from vit_encoder.qwen2_5_vl.checkpoint import vision_tensors
 from vit_encoder.qwen2_5_vl.config import Qwen2_5_VLVisionConfig
 from vit_encoder.qwen2_5_vl.metadata import VisionMetadata, vision_metadata
+from vit_encoder.rotary import Rotation
 
-EPS = 1e-6
+
+class RMSNorm(nn.RMSNorm):
+    """An RMS norm whose eps is a constant: torch 2.13 makes an input of a float attribute that has had two values in a
+    process, as of two encoders, and cannot trace one inside a nested region.
+    """
+
+    @property
+    def eps(self) -> float:  # type: ignore[override]
+        """1e-6; ValueError where it is set to anything else."""
+        return 1e-6
+
+    @eps.setter
+    def eps(self, value: float | None) -> None:
+        if value not in (None, 1e-6):
+            raise ValueError(f"eps: got {value}, expected 1e-6, which Qwen2.5-VL's norms have")
 
 
 class MLP(nn.Module):
@@ -35,39 +52,41 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm transformer block, with attention within windows or, where `full`, within frames."""
+    """Pre-norm transformer block, but for the norm before it; it ends with the norm that comes after it.
 
-    def __init__(self, config: Qwen2_5_VLVisionConfig, *, full: bool) -> None:
+    A compiler fuses that norm with the last addition, but nothing across regions.
+
+    Args:
+        index: which layer of the encoder it is: the norm at its end is that of the next one.
+    """
+
+    def __init__(self, config: Qwen2_5_VLVisionConfig, index: int) -> None:
         super().__init__()
-        self.full = full
-        self.norm_1 = nn.RMSNorm(config.hidden_size, EPS)
+        self.index = index
+        self.full = index in config.fullatt_block_indexes
         self.attention = Attention(config.hidden_size, config.num_heads, interleaved=False)
-        self.norm_2 = nn.RMSNorm(config.hidden_size, EPS)
+        self.norm_2 = RMSNorm(config.hidden_size)
         self.mlp = MLP(config)
+        self.norm_out = RMSNorm(config.hidden_size)
 
     def forward(
-        self, x: Tensor, normed: Tensor, next_norm: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor
+        self, x: Tensor, normed: Tensor, cu_seqlens: Tensor, cu_window_seqlens: Tensor, rotation: Rotation
     ) -> tuple[Tensor, Tensor]:
-        """x and norm_1(x) -> the new x and the next layer's norm of it, all [patches, hidden].
-
-        The next norm is computed here because a compiler fuses it with the last addition, but nothing across regions.
+        """Hidden states and the norm of them -> the new hidden states and the norm of these, all [patches, hidden].
 
         Args:
-            next_norm: its weight [hidden].
-            cu_seqlens: [sequences + 1].
-            cos, sin: [patches, head_dim // 2].
+            cu_seqlens: [frames + 1], within which a layer attends where `full`.
+            cu_window_seqlens: [windows + 1], within which it does elsewhere.
+            rotation: tables [patches, head_dim // 2].
         """
-        # Inductor of torch 2.13 gets gradients around regions wrong.
         region = self._full_region if self.full else self._window_region
-        block = self._block if torch.is_grad_enabled() else region
-        return block(x, normed, next_norm, cu_seqlens, cos, sin)
+        block = region if can_nest_regions() else self._block
+        return block(x, normed, cu_seqlens if self.full else cu_window_seqlens, rotation.cos, rotation.sin)
 
-    def _block(
-        self, x: Tensor, normed: Tensor, next_norm: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _block(self, x: Tensor, normed: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         x = x + self.attention(normed, cu_seqlens, cos, sin)  # [patches, hidden]
         x = x + self.mlp(self.norm_2(x))  # [patches, hidden]
-        return x, F.rms_norm(x, x.shape[-1:], next_norm, EPS)
+        return x, self.norm_out(x)  # 2 x [patches, hidden]
 
     # Each is compiled once and called by every layer of its kind in the one graph. Were they one, it would be guarded
     # that a batch has as many windows as frames, or has not.
@@ -113,10 +132,8 @@ class Qwen2_5_VLVisionEncoder(nn.Module):  # noqa: N801 (transformers' prefix)
         self.config = config
         self.compilation_config = compilation_config
         self.patch_embed = nn.Linear(config.patch_dim, config.hidden_size, bias=False)
-        self.layers = nn.ModuleList(
-            EncoderLayer(config, full=i in config.fullatt_block_indexes) for i in range(config.depth)
-        )
-        self.norm_post = nn.RMSNorm(config.hidden_size, EPS)
+        self.norm_in = RMSNorm(config.hidden_size)
+        self.layers = nn.ModuleList(EncoderLayer(config, i) for i in range(config.depth))
         self.merger = PatchMerger(config)
 
     def forward(
@@ -132,7 +149,8 @@ class Qwen2_5_VLVisionEncoder(nn.Module):  # noqa: N801 (transformers' prefix)
         """Encode patches.
 
         Args:
-            pixel_values: [patches, patch_dim], in the dtype of the weights.
+            pixel_values: [patches, patch_dim], in the encoder's dtype, which is that of its norms, whatever its linear
+                layers were quantised to; any under autocast.
             window_index, reverse_index, cu_seqlens, cu_window_seqlens, cos, sin: as in `VisionMetadata`.
 
         Returns:
@@ -140,9 +158,11 @@ class Qwen2_5_VLVisionEncoder(nn.Module):  # noqa: N801 (transformers' prefix)
 
         Raises:
             TypeError: another dtype.
-            ValueError: another rank, device or size.
+            ValueError: another rank, device or size; or layers that were taken out.
         """
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            check_order(self.layers, self.config.depth)
+        else:
             self.validate_inputs(pixel_values, window_index, reverse_index, cu_seqlens, cu_window_seqlens, cos, sin)
         units = window_index.shape[0]
         torch._check(units > 0)
@@ -151,11 +171,9 @@ class Qwen2_5_VLVisionEncoder(nn.Module):  # noqa: N801 (transformers' prefix)
         x = self.patch_embed(pixel_values)  # [patches, hidden]
         x = x.unflatten(0, (-1, self.config.merge_unit))  # [units, merge_unit, hidden]
         x = x.index_select(0, window_index).flatten(0, 1)  # [patches, hidden]
-        norms: list[nn.RMSNorm] = [*(layer.norm_1 for layer in self.layers), self.norm_post]  # type: ignore[list-item]
-        normed = norms[0](x)  # [patches, hidden]
-        for layer, norm in zip(self.layers, norms[1:], strict=True):
-            boundaries = cu_seqlens if layer.full else cu_window_seqlens  # [sequences + 1]
-            x, normed = layer(x, normed, norm.weight, boundaries, cos, sin)  # 2 x [patches, hidden]
+        normed, rotation = self.norm_in(x), Rotation(cos, sin)  # [patches, hidden]
+        for layer in self.layers:
+            x, normed = layer(x, normed, cu_seqlens, cu_window_seqlens, rotation)  # 2 x [patches, hidden]
         return self.merger(normed).index_select(0, reverse_index)  # [units, out_hidden_size]
 
     def validate_inputs(
@@ -180,17 +198,26 @@ class Qwen2_5_VLVisionEncoder(nn.Module):  # noqa: N801 (transformers' prefix)
         _check("sin", sin, torch.float32, (patches, angles), pixel_values)
 
     def _validate_pixel_values(self, pixel_values: Tensor) -> None:
-        config, weight = self.config, self.patch_embed.weight
+        config = self.config
+        check_order(self.layers, config.depth)
         expected = f"[patches, {config.patch_dim}], patches a positive multiple of {config.merge_unit}"
         if not isinstance(pixel_values, Tensor):
             raise TypeError(f"pixel_values: got {type(pixel_values).__name__}, expected a tensor {expected}")
         shape = tuple(pixel_values.shape)
         if len(shape) != 2 or shape[1] != config.patch_dim or shape[0] == 0 or shape[0] % config.merge_unit:
             raise ValueError(f"pixel_values: got shape {shape}, expected {expected}")
-        if pixel_values.dtype != weight.dtype:
-            raise TypeError(f"pixel_values: got {pixel_values.dtype}, expected {weight.dtype} as the weights have")
-        if pixel_values.device != weight.device:
-            raise ValueError(f"pixel_values: got device {pixel_values.device}, expected {weight.device}")
+        check_dtype_and_device(pixel_values, getattr(self.norm_in, "weight", None))
+
+    def keep_layers(self, count: int) -> None:
+        """Cut the encoder off after its first layers: in place, with the norm at its end after the last of them.
+
+        To look at hidden states as they pass, hook the layers instead: a layer gives them and their norm.
+
+        Raises:
+            ValueError: not from 1 to all of them.
+        """
+        self.layers = first_layers(self.layers, count)
+        self.config = replace(self.config, depth=count)
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], pixel_values: Tensor) -> None:
@@ -238,8 +265,8 @@ class Qwen2_5_VLVisionModel(nn.Module):  # noqa: N801 (transformers' prefix)
         """Encode the patches of a batch of images and videos.
 
         Args:
-            pixel_values: [patches, patch_dim], normalised, in the dtype of the weights. In the order of transformers'
-                image processor: the patches of a unit, that becomes one feature, one after the other.
+            pixel_values: [patches, patch_dim], normalised, in the dtype of the encoder's norms (any under autocast), in
+                the order of transformers' image processor: the patches of a unit, that becomes one feature, one after the other.
             grid_thw: integers [images, 3] on the CPU: how many temporal patches, rows and columns of patches. Where
                 None, the forward context must have been set with `vision_metadata(grid_thw, config, device)._asdict()`.
 

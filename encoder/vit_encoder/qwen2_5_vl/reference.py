@@ -53,19 +53,20 @@ def reference_forward(model: nn.Module, pixel_values: Tensor, grid_thw: Tensor, 
         return linear(varlen_attention_reference(q, k, v, cu_seqlens.to(x.device)).flatten(1), f"{name}.out_proj")
 
     x = (pixel_values.double() @ weight("patch_embed.weight").T)[order]
+    norms = ["norm_in", *(f"layers.{i}.norm_out" for i in range(config.depth))]
     for i in tqdm(range(config.depth), desc="fp64 oracle, layers", disable=not progress):
         cu_seqlens = by_frame if i in config.fullatt_block_indexes else by_window
-        x = x + attention(rms_norm(x, f"layers.{i}.norm_1"), f"layers.{i}.attention", cu_seqlens)
+        x = x + attention(rms_norm(x, norms[i]), f"layers.{i}.attention", cu_seqlens)
         gate, up = linear(rms_norm(x, f"layers.{i}.norm_2"), f"layers.{i}.mlp.gate_up").tensor_split(2, dim=-1)
         x = x + linear(gate * torch.sigmoid(gate) * up, f"layers.{i}.mlp.down")
     back = torch.empty_like(x)
-    back[order] = rms_norm(x, "norm_post")
+    back[order] = rms_norm(x, norms[-1])
     hidden = linear(back.reshape(-1, config.hidden_size * config.merge_unit), "merger.fc1")
     return linear(hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2, "merger.fc2")
 
 
 def _boundaries(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)])
+    return torch.tensor([0, *itertools.accumulate(lengths)], device="cpu")
 
 
 def _patches(config: Qwen2_5_VLVisionConfig, high: int, wide: int) -> list[tuple[int, int]]:
@@ -93,6 +94,8 @@ def _windows(config: Qwen2_5_VLVisionConfig, grids: list[list[int]]) -> list[lis
 def _angles(config: Qwen2_5_VLVisionConfig, grids: list[list[int]]) -> Tensor:
     """Those of every patch, in the order of the pixels: [patches, head_dim // 2]."""
     quarter = config.head_dim // 4
-    frequencies = torch.tensor([config.rope_theta ** (-i / quarter) for i in range(quarter)], dtype=torch.float64)
+    frequencies = torch.tensor(
+        [config.rope_theta ** (-i / quarter) for i in range(quarter)], dtype=torch.float64, device="cpu"
+    )
     places = [place for frames, high, wide in grids for place in frames * _patches(config, high, wide)]
-    return (torch.tensor(places).double()[:, :, None] * frequencies).flatten(1)
+    return (torch.tensor(places, device="cpu").double()[:, :, None] * frequencies).flatten(1)

@@ -112,12 +112,13 @@ def _shared(encoder: Llama4VisionModel, vision: Any) -> Shared:
     yield encoder, "position_embedding", vision.positional_embedding_vlm
     yield encoder, "patch_embed", vision.patch_embedding.linear
     yield encoder, "norm_pre", vision.layernorm_pre
-    yield encoder, "norm_post", vision.layernorm_post
+    norms = [*(theirs.input_layernorm for theirs in vision.model.layers), vision.layernorm_post]
+    yield encoder, "norm_in", norms[0]
     yield encoder.adapter, "fc1", vision.vision_adapter.mlp.fc1
     yield encoder.adapter, "fc2", vision.vision_adapter.mlp.fc2
     ours: Any
-    for ours, theirs in zip(encoder.layers, vision.model.layers, strict=True):
-        yield ours, "norm_1", theirs.input_layernorm
+    for ours, theirs, norm_out in zip(encoder.layers, vision.model.layers, norms[1:], strict=True):
+        yield ours, "norm_out", norm_out
         yield ours.attention, "out_proj", theirs.self_attn.o_proj
         yield ours, "norm_2", theirs.post_attention_layernorm
         yield ours.mlp, "fc1", theirs.mlp.fc1

@@ -117,12 +117,13 @@ def _encoder(vision: Any) -> Qwen2_5_VLVisionModel:
 
 def _shared(model: Qwen2_5_VLVisionModel, vision: Any) -> Shared:
     encoder = model.encoder
-    yield encoder.norm_post, "weight", vision.merger.ln_q.weight
+    norms = [*(theirs.norm1 for theirs in vision.blocks), vision.merger.ln_q]
+    yield encoder.norm_in, "weight", norms[0].weight
     yield encoder.merger, "fc1", vision.merger.mlp[0]
     yield encoder.merger, "fc2", vision.merger.mlp[2]
     ours: Any
-    for ours, theirs in zip(encoder.layers, vision.blocks, strict=True):
-        yield ours.norm_1, "weight", theirs.norm1.weight
+    for ours, theirs, norm_out in zip(encoder.layers, vision.blocks, norms[1:], strict=True):
+        yield ours.norm_out, "weight", norm_out.weight
         yield ours.attention, "qkv", theirs.attn.qkv
         yield ours.attention, "out_proj", theirs.attn.proj
         yield ours.norm_2, "weight", theirs.norm2.weight

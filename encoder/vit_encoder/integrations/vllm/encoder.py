@@ -55,11 +55,12 @@ def _encoder_on(vision: Any) -> Encoder:
     encoder.position_embedding = vision.positional_embedding_vlm
     encoder.rotary.to(vision.class_embedding.device)
     encoder.patch_embed = _Linear(vision.patch_embedding, "linear")  # type: ignore[assignment]
-    encoder.norm_pre, encoder.norm_post = vision.layernorm_pre, vision.layernorm_post
+    norms = [*(theirs.input_layernorm for theirs in vision.model.layers), vision.layernorm_post]
+    encoder.norm_pre, encoder.norm_in = vision.layernorm_pre, norms[0]
     _take_mlp(encoder.adapter, vision.vision_adapter.mlp)
     ours: Any
-    for ours, theirs in zip(encoder.layers, vision.model.layers, strict=True):
-        ours.norm_1, ours.norm_2 = theirs.input_layernorm, theirs.post_attention_layernorm
+    for ours, theirs, norm_out in zip(encoder.layers, vision.model.layers, norms[1:], strict=True):
+        ours.norm_2, ours.norm_out = theirs.post_attention_layernorm, norm_out
         ours.attention.heads = theirs.self_attn.num_local_heads
         ours.attention.qkv = _Linear(theirs.self_attn, "qkv_proj")
         ours.attention.out_proj = _Linear(theirs.self_attn, "o_proj")

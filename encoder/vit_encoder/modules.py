@@ -1,0 +1,97 @@
+"""What an encoder may take for granted of its modules, which their owner may have hooked, wrapped, quantised or cut."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules.module import _has_any_global_hook
+
+# The latter two stand for a plain parameter while it is traced.
+_PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+
+
+@torch.compiler.assume_constant_result
+def can_nest_regions() -> bool:
+    """Whether a layer may be a nested region of the graph being traced.
+
+    Not under gradients, which Inductor of torch 2.13 gets wrong around regions, nor in `torch.compile(dynamic=True)`,
+    which makes an input of every float, such as a norm's eps: torch 2.13 cannot trace one inside a region.
+    """
+    return not torch.is_grad_enabled() and torch._dynamo.config.assume_static_by_default
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something else than the module sees what it takes and gives."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(map(len, hooks)) or _has_any_global_hook()
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling the module is `F.linear` on its weight and bias, and nothing else.
+
+    It is not where the module is another one (quantised, or with an adapter), has a hook or a forward of its own, no
+    bias, or a weight of a class with arithmetic of its own (quantised or sharded).
+    """
+    return (
+        type(module) is nn.Linear
+        and "forward" not in module.__dict__
+        and not has_hooks(module)
+        and type(module.weight) in _PLAIN
+        and type(module.bias) in _PLAIN
+    )
+
+
+def check_dtype_and_device(pixel_values: Tensor, parameter: Any) -> None:
+    """The pixels have the encoder's dtype and device, those of a parameter that belongs to no linear layer.
+
+    A quantised layer has no weight, or one of integers. Under autocast pixels of any floating dtype do. A parameter
+    on the meta device is offloaded and comes when its module is called.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another device.
+    """
+    if not isinstance(parameter, Tensor):
+        return
+    if pixel_values.dtype != parameter.dtype and not (_autocasts(pixel_values) and pixel_values.is_floating_point()):
+        raise TypeError(f"pixel_values: got {pixel_values.dtype}, expected {parameter.dtype} as the encoder has")
+    if pixel_values.device != parameter.device and parameter.device.type != "meta":
+        raise ValueError(f"pixel_values: got device {pixel_values.device}, expected {parameter.device}")
+
+
+def _autocasts(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def check_order(layers: nn.ModuleList, count: int) -> None:
+    """The layers are those that the encoder was made of, in their order: each ends with the norm before the next.
+
+    Raises:
+        ValueError: they are not.
+    """
+    # A wrapper need not show what it wraps.
+    indices = [getattr(layer, "index", index) for index, layer in enumerate(layers)]
+    if indices != list(range(count)):
+        raise ValueError(
+            f"layers: got {indices} of the encoder's {count}, expected all of them in their order, as each ends with "
+            "the norm before the next; keep_layers(count) keeps the first"
+        )
+
+
+def first_layers(layers: nn.ModuleList, count: int) -> nn.ModuleList:
+    """The first of an encoder's layers, the last of them with the norm at the end of the encoder.
+
+    Raises:
+        ValueError: not from 1 to all of them.
+    """
+    if not 1 <= operator.index(count) <= len(layers):
+        raise ValueError(f"count: got {count}, expected 1 to the encoder's {len(layers)} layers")
+    kept = nn.ModuleList(list(layers)[:count])
+    kept[-1].norm_out = layers[-1].norm_out
+    return kept
