@@ -101,9 +101,11 @@ def _encoder(vision: Any) -> Llama4VisionModel:
     with torch.device("meta"):
         encoder = Llama4VisionModel(Llama4VisionConfig.from_hf(vision.config))
     ours: Any
+    before: tuple[nn.Module, str] = encoder, "norm_in"
     for ours, theirs in zip(encoder.layers, vision.model.layers, strict=True):
         ours.attention.qkv = PackedLinear(theirs.self_attn, "q_proj", "k_proj", "v_proj")
-        ours.forward = CheckpointedLayer(ours, theirs, (ours, "norm_1"))
+        ours.forward = CheckpointedLayer(ours, theirs, before)
+        before = ours, "norm_out"
     return encoder
 
 

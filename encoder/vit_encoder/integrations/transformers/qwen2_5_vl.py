@@ -109,9 +109,11 @@ def _encoder(vision: Any) -> Qwen2_5_VLVisionModel:
         model = Qwen2_5_VLVisionModel(Qwen2_5_VLVisionConfig.from_hf(vision.config))
     model.encoder.patch_embed = _FlatConvolution(vision.patch_embed)  # type: ignore[assignment]
     ours: Any
+    before: tuple[nn.Module, str] = model.encoder, "norm_in"
     for ours, theirs in zip(model.encoder.layers, vision.blocks, strict=True):
         ours.mlp.gate_up = PackedLinear(theirs.mlp, "gate_proj", "up_proj")
-        ours.forward = CheckpointedLayer(ours, theirs, (ours, "norm_1"))
+        ours.forward = CheckpointedLayer(ours, theirs, before)
+        before = ours, "norm_out"
     return model
 
 
