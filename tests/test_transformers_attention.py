@@ -1,6 +1,7 @@
 """`attn_implementation="vit_varlen"` in transformers' vision encoders, and the masks it reads."""
 
 import copy
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -93,7 +94,52 @@ def pixtral_with_images_of_two_sizes() -> Case:
     return PixtralVisionModel(config), {"pixel_values": pixels(2, 3, 64, 64), "image_sizes": sizes}
 
 
-CASES = [llama4, qwen2_5_vl, siglip, siglip2_with_padded_keys, pixtral_with_images_of_two_sizes]
+def clip() -> Case:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=144, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    return CLIPVisionModel(config), {"pixel_values": pixels(3, 3, 56, 56)}
+
+
+def idefics3_with_images_padded_in_two_dimensions() -> Case:
+    from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
+    from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
+
+    config = Idefics3VisionConfig(
+        hidden_size=144, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    # Patches right of an image stand between its rows.
+    mask = torch.stack([torch.arange(4)[:, None].lt(h) & torch.arange(4).lt(w) for h, w in ((3, 2), (4, 3), (4, 4))])
+    return Idefics3VisionTransformer(config), {"pixel_values": pixels(3, 3, 56, 56), "patch_attention_mask": mask}
+
+
+def mllama_with_padded_tiles() -> Case:
+    from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
+    from transformers.models.mllama.modeling_mllama import MllamaVisionModel
+
+    config = MllamaVisionConfig(
+        hidden_size=128, num_hidden_layers=2, num_global_layers=1, attention_heads=2, intermediate_size=96,
+        vision_output_dim=256, image_size=56, patch_size=14, max_num_tiles=4, intermediate_layers_indices=[0],
+        supported_aspect_ratios=[[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
+    )  # fmt: skip
+    mask = torch.tensor([[[1, 1, 0, 0]], [[1, 1, 1, 1]]])
+    inputs = {"pixel_values": pixels(2, 1, 4, 3, 56, 56), "aspect_ratio_ids": torch.tensor([[2], [6]])}
+    return MllamaVisionModel(config), inputs | {"aspect_ratio_mask": mask}
+
+
+# And how many calls of attention each makes.
+CASES: dict[Callable[[], Case], int] = {
+    llama4: 2,
+    qwen2_5_vl: 6,
+    siglip: 2,
+    siglip2_with_padded_keys: 2,
+    clip: 2,
+    pixtral_with_images_of_two_sizes: 2,
+    idefics3_with_images_padded_in_two_dimensions: 2,
+    mllama_with_padded_tiles: 3,
+}
 
 
 def features(model: nn.Module, inputs: dict[str, Tensor], implementation: str, dtype: torch.dtype) -> Tensor:
@@ -123,7 +169,7 @@ def test_an_encoder_is_as_exact_as_with_sdpa(case: Callable[[], Case], dtype: to
     patched = mock.patch.object(attention, "varlen_attention_forward", calls)
     with patched, corrected_interpreter(), force_impl(implementation):
         ours = features(model, inputs, "vit_varlen", dtype)
-    assert calls.call_count == (2 + 2 + 2 if case is qwen2_5_vl else 2)
+    assert calls.call_count == CASES[case]
     if case is siglip2_with_padded_keys:
         # What stands at the padding is undefined.
         kept = inputs["pixel_attention_mask"].bool()
@@ -143,7 +189,6 @@ def attend(mask: Tensor | None, batch: int = 1, tokens: int = 5, module: nn.Modu
         ({"dropout": 0.1}, "dropout: got 0.1"),
         ({"is_causal": True}, 'attn_implementation={"vision_config": "vit_varlen"}'),
         ({"is_causal": None}, "is_causal: got True from Module"),
-        ({"output_attentions": True}, "output_attentions: got True"),
         ({"softcap": 30.0}, "softcap: got 30.0"),
         ({"sliding_window": 4}, "sliding_window: got 4"),
         ({"position_bias": torch.zeros(1)}, "position_bias: got"),
@@ -177,50 +222,104 @@ def test_the_boundaries_that_flash_attention_would_get_are_used() -> None:
 
 @st.composite
 def masks(draw: st.DrawFn) -> Tensor:
-    """Boolean [batch, 1, tokens, tokens_k]: runs of queries that see disjoint runs of keys, with gaps between them."""
-    tokens, tokens_k = draw(st.integers(1, 12)), draw(st.integers(1, 12))
-    mask = torch.zeros(draw(st.integers(1, 3)), 1, tokens, tokens_k, dtype=torch.bool)
-    for row in mask[:, 0]:
-        runs = draw(st.integers(1, min(tokens, tokens_k)))
-        starts = (
-            sorted(draw(st.sets(st.integers(1, tokens - 1), min_size=runs - 1, max_size=runs - 1))) if runs > 1 else []
-        )
-        edges = sorted(draw(st.sets(st.integers(0, tokens_k), min_size=runs + 1, max_size=runs + 1)))
-        for index, (low, high) in enumerate(zip([0, *starts], [*starts, tokens], strict=True)):
-            first = draw(st.integers(edges[index], edges[index + 1] - 1))
-            row[low:high, first : edges[index + 1]] = True
-    return mask
+    """Boolean [batch, 1, tokens, tokens_k], one of five kinds in each row of the batch."""
+    batch, tokens, tokens_k = draw(st.integers(1, 3)), draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    keys = st.lists(st.booleans(), min_size=tokens_k, max_size=tokens_k).map(torch.tensor)
+    queries = st.lists(st.booleans(), min_size=tokens, max_size=tokens).map(torch.tensor)
+    sequences = st.integers(0, min(tokens, tokens_k) - 1)
+    rows = []
+    for _ in range(batch):
+        kind = draw(st.sampled_from(["runs", "interleaved", "padded keys", "padded", "padding sees the rest"]))
+        if kind == "runs":
+            number = draw(sequences)
+            of_queries = torch.arange(tokens) * (number + 1) // tokens
+            of_keys = (torch.arange(tokens_k) * (number + 1) // tokens_k).masked_fill(draw(keys), -1)
+            rows.append(of_queries[:, None] == of_keys)
+        elif kind == "interleaved":
+            number = draw(sequences)
+            rows.append((torch.arange(tokens) % (number + 1))[:, None] == torch.arange(tokens_k) % (number + 1))
+        elif kind == "padded keys":
+            rows.append(draw(keys).expand(tokens, tokens_k))
+        elif kind == "padded":
+            rows.append(draw(queries)[:, None] & draw(keys))
+        else:  # as Mllama's
+            rows.append(draw(queries)[:, None] | draw(keys))
+    return torch.stack(rows)[:, None]
 
 
-@given(mask=masks(), additive=st.booleans())
-def test_a_mask_means_what_it_means_to_sdpa(mask: Tensor, additive: bool) -> None:
-    batch, _, tokens, tokens_k = mask.shape
+def additive(mask: Tensor, hidden: float) -> Tensor:
+    return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, hidden)
+
+
+def inputs_for(mask: Tensor, batch: int, tokens: int, tokens_k: int, requires_grad: bool = False) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(batch, 2, tokens, 16, generator=generator, dtype=torch.float64)
-    k, v = torch.randn(2, batch, 2, tokens_k, 16, generator=generator, dtype=torch.float64)
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-    if additive:
-        mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
-    actual, _ = varlen_attention_forward(nn.Module(), q, k, v, mask, is_causal=False)
+    return [
+        torch.randn(batch, 2, length, 16, generator=generator, dtype=torch.float64).requires_grad_(requires_grad)
+        for length in (tokens, tokens_k, tokens_k)
+    ]
+
+
+@given(mask=masks(), hidden=st.sampled_from([None, torch.finfo(torch.float64).min, -math.inf]))
+def test_a_mask_means_what_it_means_to_sdpa(mask: Tensor, hidden: float | None) -> None:
+    batch, _, tokens, tokens_k = mask.shape
+    theirs, ours = (inputs_for(mask, batch, tokens, tokens_k, requires_grad=True) for _ in range(2))
+    expected = F.scaled_dot_product_attention(*theirs, attn_mask=mask).transpose(1, 2)
+    given = mask if hidden is None else additive(mask, hidden)
+    actual, _ = varlen_attention_forward(nn.Module(), *ours, given, is_causal=False)
+    # Of a query that sees no key both make zeros.
     torch.testing.assert_close(actual, expected)
+    actual.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close([x.grad for x in ours], [x.grad for x in theirs])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 6, 5), (3, 1, 1, 5), (3, 2, 1, 5), (1, 1, 1, 5), (3, 2, 6, 5), (3, 1, 6, 1)])
+def test_a_mask_is_broadcast_as_by_sdpa(shape: tuple[int, ...]) -> None:
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask[-1, :, :, 1::2] = False
+    inputs = inputs_for(mask, 3, 6, 5)
+    expected = F.scaled_dot_product_attention(*inputs, attn_mask=mask).transpose(1, 2)
+    torch.testing.assert_close(varlen_attention_forward(nn.Module(), *inputs, mask, is_causal=False)[0], expected)
 
 
 @pytest.mark.parametrize(
     ("mask", "told"),
     [
-        (torch.ones(5, 5).tril().bool(), "several sequences of queries see"),
-        (torch.eye(5).bool() ^ torch.ones(5, 5).bool(), "keys are no run"),
-        (torch.arange(5)[:, None].expand(5, 5) > 0, "keys are no run"),
-        (torch.full((5, 5), -0.5), "got a bias"),
-        (torch.ones(5, 4).bool(), "expected [batch, heads, 5, 5]"),
-        (torch.stack([torch.ones(5, 5), torch.eye(5)]).bool(), "differs between heads"),
+        (torch.ones(1, 1, 5, 5).tril().bool(), "5 groups of queries that see different keys"),
+        (torch.eye(5).bool()[None, None] ^ True, "5 groups of queries that see different keys"),
+        (torch.full((1, 1, 5, 5), -0.5), "got a bias"),
+        (torch.full((1, 1, 5, 5), math.nan), "got a bias"),
+        (torch.zeros(1, 1, 5, 5, requires_grad=True), "requires gradients"),
+        (torch.ones(1, 1, 5, 4).bool(), "expected [1 or 1, heads or 1, 5 or 1, 5 or 1]"),
+        (torch.ones(3, 1, 5, 5).bool(), "expected [1 or 1, heads or 1, 5 or 1, 5 or 1]"),
+        (torch.ones(5, 5).bool(), "expected [1 or 1, heads or 1, 5 or 1, 5 or 1]"),
+        (torch.stack([torch.ones(5, 5), torch.eye(5)])[None].bool(), "differs between heads"),
     ],
-    ids=["causal", "hole", "no keys", "bias", "shape", "heads"],
+    ids=["causal", "all but itself", "bias", "nan", "learned bias", "keys", "batch", "dimensions", "heads"],
 )
 def test_a_mask_that_is_no_packing_is_refused(mask: Tensor, told: str) -> None:
     with pytest.raises(ValueError, match="attention_mask: got") as raised:
-        attend(mask.reshape(1, -1, *mask.shape[-2:]))
+        attend(mask)
     assert told in str(raised.value)
+
+
+def test_a_mask_of_integers_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"attention_mask: got torch.int64, expected torch.bool or a floating dtype"):
+        attend(torch.ones(1, 1, 5, 5, dtype=torch.int64))
+
+
+def test_attention_weights_are_warned_of_once_as_for_sdpa(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers.utils import logging
+
+    logging.warning_once.cache_clear()
+    logging.enable_propagation()
+    _, weights = attend(None, output_attentions=True)
+    attend(None, output_attentions=True)
+    logging.disable_propagation()
+    assert weights is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "vit_varlen holds no attention weights: output_attentions gives none"
+    ]
 
 
 def test_a_mask_is_read_once_until_it_changes() -> None:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from vit_kernels import varlen_attention
 
-from vit_encoder.integrations.transformers.masks import sequences_of_mask
+from vit_encoder.integrations.transformers.masks import Sequences, sequences_of_mask
 
 NAME = "vit_varlen"
 # What changes the result and is not ours to compute.
-_UNSUPPORTED = ("cache", "position_bias", "s_aux", "sliding_window", "softcap")
+_UNSUPPORTED = (
+    "block_indices", "cache", "indices", "position_bias", "s_aux", "sinks", "sliding_window", "softcap",
+)  # fmt: skip
 
 
 def register_attention() -> None:
@@ -20,9 +22,11 @@ def register_attention() -> None:
 
     It takes any of transformers' vision encoders that ask its attention interface: give it to the vision part alone,
     `attn_implementation={"vision_config": "vit_varlen"}`, since a causal language model is refused at its first call.
-    Attention masks must split the tokens into sequences (Pixtral's blocks, padded keys) and are read on the host, once
-    a forward; a bias is refused. An encoder that calls attention once a sequence (Qwen2.5-VL) stays right but gains
-    nothing from packing.
+    Attention masks must split the tokens into few sequences (Pixtral's blocks, keys padded in one or two dimensions,
+    Mllama's tiles); they are read on the host, once a forward, which waits for the device. Keys with padding between
+    them are gathered. A query that sees no key gives zeros (SDPA: the same with a boolean mask, a mean of all values
+    with the dtype's minimum); a bias is refused. An encoder that calls attention once a sequence (Qwen2.5-VL) stays
+    right but gains nothing from packing. `output_attentions=True` gives no weights, with one warning, as for SDPA.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
@@ -53,8 +57,8 @@ def varlen_attention_forward(
         module: the calling module; its `is_causal` (True without one) counts where the argument is None.
         query: [batch, heads, tokens, head_dim].
         key, value: [batch, kv_heads, tokens_k, head_dim].
-        attention_mask: boolean (True: attend) or additive (0 or the dtype's minimum), [batch or 1, heads or 1,
-            tokens, tokens_k], the same for every head.
+        attention_mask: boolean (True: attend) or additive (0, or at most the dtype's minimum), [batch or 1, heads or
+            1, tokens or 1, tokens_k or 1], the same for every head.
         dropout: 0.
         scaling: as `varlen_attention`'s scale.
         is_causal: False.
@@ -64,25 +68,32 @@ def varlen_attention_forward(
         [batch, tokens, heads, head_dim], and None for the weights.
 
     Raises:
-        ValueError: dropout, a causal call, weights asked for, another option that changes the result, a mask that does
-            not split the tokens into sequences, or what `varlen_attention` refuses.
+        TypeError: a mask of integers, or what `varlen_attention` refuses.
+        ValueError: dropout, a causal call, another option that changes the result, a mask that does not split the
+            tokens into sequences, or what `varlen_attention` refuses.
     """
     batch, _, tokens, _ = query.shape
     tokens_k = key.shape[2]
     _refuse_options(module, attention_mask, dropout, is_causal, tokens, kwargs)
     if attention_mask is not None:
-        cu_seqlens, cu_seqlens_k = sequences_of_mask(attention_mask, batch, tokens, tokens_k)
+        sequences = sequences_of_mask(attention_mask, batch, tokens, tokens_k)
     elif kwargs.get("cu_seq_lens_q") is not None:
-        cu_seqlens, cu_seqlens_k = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
+        sequences = Sequences(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"])
     else:
         boundaries = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
-        cu_seqlens, cu_seqlens_k = boundaries * tokens, boundaries * tokens_k
-    q, k, v = (_last_contiguous(x.transpose(1, 2).flatten(0, 1)) for x in (query, key, value))
-    out = varlen_attention(q, k, v, cu_seqlens, cu_seqlens_k=cu_seqlens_k, scale=scaling)
+        sequences = Sequences(boundaries * tokens, boundaries * tokens_k)
+    q, k, v = (_rows(x, index) for x, index in ((query, sequences.queries), (key, sequences.keys), (value, sequences.keys)))
+    out = varlen_attention(q, k, v, sequences.cu_seqlens, cu_seqlens_k=sequences.cu_seqlens_k, scale=scaling)
+    if sequences.places is not None:
+        out = out.index_select(0, sequences.places)
     return out.unflatten(0, (batch, tokens)), None
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
+def _rows(x: Tensor, index: Tensor | None) -> Tensor:
+    """Shapes: [batch, heads, tokens, head_dim] -> [batch * tokens or those of the index, heads, head_dim]."""
+    x = x.transpose(1, 2).flatten(0, 1)
+    if index is not None:
+        return x.index_select(0, index)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -102,8 +113,11 @@ def _refuse_options(
             f"is_causal: got True from {type(module).__name__}, expected False: {NAME} is for vision encoders; pass "
             f'attn_implementation={{"vision_config": "{NAME}"}} to a model with a language part'
         )
-    if kwargs.get("output_attentions"):
-        raise ValueError(f"output_attentions: got True, expected False: {NAME} never holds the attention weights")
+    if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
+        from transformers.utils import logging
+
+        # As for SDPA: the caller may mean the text model's alone.
+        logging.get_logger(__name__).warning_once(f"{NAME} holds no attention weights: output_attentions gives none")
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: got {kwargs[name]!r:.80}, expected None: {NAME} does not support it")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vit_encoder.compilation import CompilationConfig
 from vit_encoder.integrations.transformers.shared import (
+    CheckpointedLayer,
     PackedLinear,
     Shared,
     SharedForward,
@@ -38,7 +39,7 @@ def apply_to_llama4(model: nn.Module, *, compile: bool | CompilationConfig = Fal
             dropout in training, of which our encoder has none.
     """
     vision = _vision_model(model)
-    put(vision, compilation_config(compile), lambda: _Forward(vision, _encoder(vision), _shared))
+    put(vision, compilation_config(compile), lambda: _Forward(vision, _encoder, _shared))
 
 
 def revert_llama4(model: nn.Module) -> None:
@@ -55,9 +56,9 @@ def _vision_model(model: nn.Module) -> Any:
     from transformers.models.llama4 import modeling_llama4
 
     vision = model.vision_model if isinstance(model, modeling_llama4.Llama4ForConditionalGeneration) else model
-    if not isinstance(vision, modeling_llama4.Llama4VisionModel):
+    if type(vision) is not modeling_llama4.Llama4VisionModel:
         raise TypeError(
-            f"model: got {type(model).__name__}, expected Llama4ForConditionalGeneration or Llama4VisionModel of "
+            f"model: got {type(vision).__name__}, expected Llama4ForConditionalGeneration or Llama4VisionModel of "
             "transformers"
         )
     return vision
@@ -75,9 +76,10 @@ class _Forward(SharedForward):
     ) -> Any:
         """As transformers' Llama4VisionModel.forward, which ignores the attention mask and further arguments too."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
+        from transformers.models.llama4.modeling_llama4 import Llama4ForConditionalGeneration
 
         config = self.vision.config
-        self.refuse_extras(output_attentions, output_hidden_states)
+        self.refuse_extras(output_attentions, output_hidden_states, (Llama4ForConditionalGeneration,))
         if self.vision.training and (config.attention_dropout or config.projector_dropout):
             raise ValueError("model: got training mode and dropout, expected eval mode, or dropout of 0 in its config")
         self.follow()
@@ -99,8 +101,11 @@ def _encoder(vision: Any) -> Llama4VisionModel:
     with torch.device("meta"):
         encoder = Llama4VisionModel(Llama4VisionConfig.from_hf(vision.config))
     ours: Any
+    before: tuple[nn.Module, str] = encoder, "norm_in"
     for ours, theirs in zip(encoder.layers, vision.model.layers, strict=True):
         ours.attention.qkv = PackedLinear(theirs.self_attn, "q_proj", "k_proj", "v_proj")
+        ours.forward = CheckpointedLayer(ours, theirs, before)
+        before = ours, "norm_out"
     return encoder
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vit_encoder.compilation import CompilationConfig
 from vit_encoder.integrations.transformers.shared import (
+    CheckpointedLayer,
     PackedLinear,
     Shared,
     SharedForward,
@@ -38,7 +39,7 @@ def apply_to_qwen2_5_vl(model: nn.Module, *, compile: bool | CompilationConfig =
             `Qwen2_5_VLVisionConfig.from_hf` refuses. At a call also: hidden states or attention weights asked for.
     """
     vision = _vision_model(model)
-    put(vision, compilation_config(compile), lambda: _Forward(vision, _encoder(vision), _shared))
+    put(vision, compilation_config(compile), lambda: _Forward(vision, _encoder, _shared))
 
 
 def revert_qwen2_5_vl(model: nn.Module) -> None:
@@ -56,9 +57,9 @@ def _vision_model(model: Any) -> Any:
 
     inner = model.model if isinstance(model, theirs.Qwen2_5_VLForConditionalGeneration) else model
     vision = inner.visual if isinstance(inner, theirs.Qwen2_5_VLModel) else inner
-    if not isinstance(vision, theirs.Qwen2_5_VisionTransformerPretrainedModel):
+    if type(vision) is not theirs.Qwen2_5_VisionTransformerPretrainedModel:
         raise TypeError(
-            f"model: got {type(model).__name__}, expected Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel or "
+            f"model: got {type(vision).__name__}, expected Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel or "
             "Qwen2_5_VisionTransformerPretrainedModel of transformers"
         )
     return vision
@@ -76,8 +77,9 @@ class _Forward(SharedForward):
     ) -> Any:
         """As transformers' Qwen2_5_VisionTransformerPretrainedModel.forward."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-        self.refuse_extras(output_attentions, output_hidden_states)
+        self.refuse_extras(output_attentions, output_hidden_states, (Qwen2_5_VLModel,))
         self.follow()
         weight = self.vision.patch_embed.proj.weight
         features = self.encoder(hidden_states.to(weight.dtype), grid_thw.cpu())  # [units, out_hidden_size]
@@ -107,8 +109,11 @@ def _encoder(vision: Any) -> Qwen2_5_VLVisionModel:
         model = Qwen2_5_VLVisionModel(Qwen2_5_VLVisionConfig.from_hf(vision.config))
     model.encoder.patch_embed = _FlatConvolution(vision.patch_embed)  # type: ignore[assignment]
     ours: Any
+    before: tuple[nn.Module, str] = model.encoder, "norm_in"
     for ours, theirs in zip(model.encoder.layers, vision.blocks, strict=True):
         ours.mlp.gate_up = PackedLinear(theirs.mlp, "gate_proj", "up_proj")
+        ours.forward = CheckpointedLayer(ours, theirs, before)
+        before = ours, "norm_out"
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,13 +17,25 @@ Shared = Iterator[tuple[nn.Module, str, Any]]
 
 
 class SharedForward:
-    """A vision model's forward that calls our encoder; an object, so that a copy of the model gets one of its own."""
+    """A vision model's forward that calls our encoder; an object, so that a copy of the model gets one of its own.
 
-    def __init__(self, vision: Any, encoder: Any, shared: Callable[[Any, Any], Shared]) -> None:
+    Args:
+        vision: the model.
+        make_encoder: makes our encoder of it, without weights but those of its own modules.
+        shared: what of both is one.
+    """
+
+    def __init__(
+        self, vision: Any, make_encoder: Callable[[Any], Any], shared: Callable[[Any, Any], Shared]
+    ) -> None:
         self.vision = vision
-        self.encoder = encoder
         self.shared = shared
-        self.packed = [module for module in encoder.modules() if isinstance(module, PackedLinear)]
+        with torch.device("meta"):
+            model = type(vision)(vision.config)
+        self.expected = _bypassed(model, shared(make_encoder(model), model))
+        self._check_modules()
+        self.encoder = make_encoder(vision)
+        self.packed = [module for module in self.encoder.modules() if isinstance(module, PackedLinear)]
         self.relink()
 
     @torch.compiler.disable(reason="a parameter's address is no part of a graph")
@@ -33,28 +46,89 @@ class SharedForward:
         ]:
             self.relink()
 
+    # Tensors made in inference mode could take no part in training later.
+    @torch.inference_mode(False)
     def relink(self) -> None:
         """Make the encoder of what the vision model holds now.
 
         Raises:
-            TypeError: a projection is no plain Linear.
+            TypeError: a module that our encoder does not call is not what transformers makes.
+            ValueError: weights that are not loaded, on several devices, or shared between projections.
         """
+        _check_weights(self.vision)
+        self._check_modules()
         for owner, name, thing in self.shared(self.encoder, self.vision):
-            if getattr(owner, name) is not thing:
+            if name in owner._parameters:
+                # No assignment of an attribute: inside of `torch.func.functional_call` it is no Parameter.
+                owner._parameters[name] = thing
+            elif getattr(owner, name) is not thing:
                 setattr(owner, name, thing)
         for module in self.packed:
             module.pack()
+        if not all(module.is_packed(name) for module in self.packed for name in module._buffers):
+            raise ValueError("model: got layers or projections that share weights, expected each to have its own")
         holders = [entries for module in self.vision.modules() for entries in (module._modules, module._parameters)]
         self.seen = [(entries, name, thing) for entries in holders for name, thing in entries.items()]
         self.packed_tensors = [tensor for module in self.packed for tensor in module.tensors()]
         # The packed tensors are kept, so nothing else can come to lie there.
         self.addresses = [tensor.data_ptr() for tensor in self.packed_tensors]
 
-    def refuse_extras(self, output_attentions: bool | None, output_hidden_states: bool | None) -> None:
-        """Raise ValueError where the caller, or else the configuration, wants what our encoder does not keep."""
+    def _check_modules(self) -> None:
+        held = dict(self.vision.named_modules(remove_duplicate=False))
+        for name, expected in self.expected.items():
+            got = _described(held[name]) if name in held else "nothing"
+            if got != expected:
+                raise TypeError(
+                    f"model: got {got} as {name or 'itself'} of the vision model, expected {expected}: our encoder takes its "
+                    "weights and does not call it; merge adapters into it first (peft: merge_and_unload), do not "
+                    "quantise, wrap or remove it, or revert"
+                )
+
+    def refuse_extras(
+        self, output_attentions: bool | None, output_hidden_states: bool | None, whole: tuple[type, ...]
+    ) -> None:
+        """Raise ValueError where the caller, or else the configuration, wants what our encoder does not keep.
+
+        Not within the forward of the whole model, one of these classes: it hands down what is meant for the text model.
+        """
         for name, given in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
-            if getattr(self.vision.config, name, False) if given is None else given:
-                raise ValueError(f"{name}: got True, expected False, or revert first: our encoder keeps none")
+            wanted = getattr(self.vision.config, name, False) if given is None else given
+            if wanted and not _is_within_forward(whole):
+                raise ValueError(f"{name}: got {wanted}, expected False, or revert first: our encoder keeps none")
+
+
+@torch.compiler.disable(reason="the stack is no part of a graph")
+def _is_within_forward(whole: tuple[type, ...]) -> bool:
+    # Nothing but the stack tells the whole model's forward from a call of its `get_image_features`.
+    frames = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_name == "forward")
+    return any(isinstance(frame.f_locals.get("self"), whole) for frame in frames)
+
+
+class CheckpointedLayer:
+    """The forward of a layer of ours, checkpointed where transformers' own layer in its place would be.
+
+    Args:
+        layer: ours.
+        theirs: transformers'.
+        before: the module that has the norm before it, and its name there.
+    """
+
+    def __init__(self, layer: nn.Module, theirs: Any, before: tuple[nn.Module, str]) -> None:
+        self.layer = layer
+        self.theirs = theirs
+        self.before = before
+
+    def __call__(self, x: Tensor, normed: Tensor, *args: Any) -> Any:
+        """As the layer's own forward."""
+        theirs, forward = self.theirs, type(self.layer).forward
+        if not (theirs.gradient_checkpointing and theirs.training and torch.is_grad_enabled()):
+            return forward(self.layer, x, normed, *args)
+        if not torch.compiler.is_compiling() and not x.requires_grad:
+            # Reentrant checkpoints give parameters no gradients otherwise.
+            x = x.detach().requires_grad_()
+        # Of both the hidden states alone are kept, as in transformers.
+        norm = getattr(*self.before)
+        return theirs._gradient_checkpointing_func(lambda x: forward(self.layer, x, norm(x), *args), x)
 
 
 class PackedLinear(nn.Module):
@@ -73,46 +147,47 @@ class PackedLinear(nn.Module):
         self.owner = owner
         self.names = names
 
-    def _parts(self) -> list[Any]:
-        return [getattr(self.owner, name) for name in self.names]
+    def _tensors(self, name: str) -> list[Tensor]:
+        return [getattr(getattr(self.owner, part), name) for part in self.names]
 
     def tensors(self) -> list[Tensor]:
-        """The parts' weights and biases."""
-        return [tensor for part in self._parts() for tensor in (part.weight, part.bias)]
+        """The parts' weights and biases, where they are packed."""
+        return [tensor for name in self._buffers for tensor in self._tensors(name)]
 
+    @torch.no_grad()
     def pack(self) -> None:
         """Make the parts' weights and biases rows of one tensor each, unless they are.
 
-        Raises:
-            TypeError: a part is no plain Linear.
+        What stands there inside of `torch.func.functional_call` is not ours to move, and stays as it is.
         """
-        for part in self._parts():
-            if type(part) is not nn.Linear:
-                raise TypeError(f"model: got a projection of type {type(part).__name__}, expected torch.nn.Linear")
         for name in ("weight", "bias"):
-            self._pack(name, [getattr(part, name) for part in self._parts()])
+            tensors = self._tensors(name)
+            if not all(isinstance(tensor, nn.Parameter) for tensor in tensors):
+                self._buffers.pop(name, None)
+            elif not self.is_packed(name):
+                packed = torch.cat(tensors)
+                for tensor, rows in zip(tensors, _rows(packed, tensors), strict=True):
+                    tensor.data = rows
+                self.register_buffer(name, packed, persistent=False)
 
-    @torch.no_grad()
-    def _pack(self, name: str, tensors: list[Tensor]) -> None:
-        sizes = [len(tensor) for tensor in tensors]
-        packed = self._buffers.get(name)
-        if packed is not None and all(
-            tensor.data_ptr() == rows.data_ptr() for tensor, rows in zip(tensors, packed.split(sizes), strict=True)
-        ):
-            return
-        packed = torch.cat(tensors)
-        self.register_buffer(name, packed, persistent=False)
-        for tensor, rows in zip(tensors, packed.split(sizes), strict=True):
-            tensor.data = rows
+    def is_packed(self, name: str) -> bool:
+        """Whether the parts' weights or biases lie in one tensor."""
+        packed, tensors = self._buffers.get(name), self._tensors(name)
+        return packed is not None and all(
+            tensor.data_ptr() == rows.data_ptr() for tensor, rows in zip(tensors, _rows(packed, tensors), strict=True)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: [..., in_features] -> [..., sum of the parts' out_features]."""
-        parts = self._parts()
-        if torch.is_grad_enabled() and any(x.requires_grad for part in parts for x in (part.weight, part.bias)):
+        weights, biases = self._tensors("weight"), self._tensors("bias")
+        if not self._buffers or torch.is_grad_enabled() and any(part.requires_grad for part in (*weights, *biases)):
             # The packed tensors have no history that would lead gradients to the parts.
-            weight = torch.cat([part.weight for part in parts])
-            return F.linear(x, weight, torch.cat([part.bias for part in parts]))
+            return F.linear(x, torch.cat(weights), torch.cat(biases))
         return F.linear(x, self.weight, self.bias)
+
+
+def _rows(packed: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    return packed.split([len(tensor) for tensor in tensors])
 
 
 def compilation_config(compile: bool | CompilationConfig) -> CompilationConfig:
@@ -120,6 +195,7 @@ def compilation_config(compile: bool | CompilationConfig) -> CompilationConfig:
     return compile if isinstance(compile, CompilationConfig) else CompilationConfig(compile_mm_encoder=compile)
 
 
+@torch.inference_mode(False)
 def put(vision: Any, config: CompilationConfig, make_forward: Callable[[], SharedForward]) -> None:
     """Give a vision model our forward, compiled as `config` says; where it has it already, only the latter changes.
 
@@ -144,6 +220,22 @@ def take_back(vision: Any) -> None:
     if not isinstance(vision.__dict__.get("forward"), SharedForward):
         raise ValueError("model: got one that computes its own image features, expected one with our encoder applied")
     del vision.forward
+
+
+def _bypassed(model: nn.Module, shared: Shared) -> dict[str, str]:
+    """What a model of transformers has of each module that our encoder does not call: only its weights count then."""
+    called = {inner for _, _, thing in shared if isinstance(thing, nn.Module) for inner in thing.modules()}
+    return {name: _described(module) for name, module in model.named_modules() if module not in called}
+
+
+def _described(module: nn.Module) -> str:
+    """A module's class, its weights' shapes and what they are if no plain tensors, and the layers of a list."""
+    weights = {
+        name: None if x is None else tuple(x.shape) if type(x) in (Tensor, nn.Parameter) else type(x).__name__
+        for name, x in module._parameters.items()
+    }
+    layers = f" of {len(module)}" if isinstance(module, nn.ModuleList) else ""
+    return f"{type(module).__module__}.{type(module).__qualname__}{layers}{weights or ''}"
 
 
 def _check_weights(vision: nn.Module) -> None:
