@@ -39,8 +39,8 @@ class Comparison:
     """Failed with no reason listed, and the message; a test that did not run at all counts."""
     stale: list[str] = field(default_factory=list)
     """Reasons in the list that no failure needs."""
-    not_compared: int = 0
-    """Skipped, or failing with the peer alone too."""
+    not_compared: Counter[str] = field(default_factory=Counter)
+    """Skipped, or failing with the peer alone too, by the first line of the message."""
 
 
 def read_allowed(path: Path) -> list[Allowed]:
@@ -68,13 +68,13 @@ def compare(stock: Outcomes, ours: Outcomes, allowed: list[Allowed]) -> Comparis
     used = set()
     for test, before in stock.items():
         if before["outcome"] != "passed" and stock is not ours:
-            result.not_compared += 1
+            result.not_compared[_first_line(before)] += 1
             continue
         after = ours.get(test, {"outcome": "missing", "message": "did not run"})
         if after["outcome"] == "passed":
             result.agreed.append(test)
         elif after["outcome"] == "skipped" and stock is ours:
-            result.not_compared += 1
+            result.not_compared[_first_line(after)] += 1
         elif entry := next((entry for entry in allowed if entry.covers(test, after["message"])), None):
             result.allowed[entry.reason] += 1
             used.add(entry)
@@ -82,3 +82,7 @@ def compare(stock: Outcomes, ours: Outcomes, allowed: list[Allowed]) -> Comparis
             result.failed[test] = f"{after['outcome']}: {after['message']}"
     result.stale = [entry.reason for entry in allowed if entry not in used]
     return result
+
+
+def _first_line(outcome: dict[str, str]) -> str:
+    return f"{outcome['outcome']}: {outcome['message'].partition(chr(10))[0]:.160}"

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from experiments.peers import allow_torchvision_beside_cpu_torch
+from tests.peers.installed import versions
 
 torch.set_num_threads(1)
 allow_torchvision_beside_cpu_torch()
@@ -37,7 +38,8 @@ def _message(report: pytest.TestReport) -> str:
 def pytest_sessionfinish() -> None:
     """Write the outcomes; transformers runs some tests in a process of their own, which writes nothing."""
     if "PEERS_OUTCOMES" in os.environ and "_INSIDE_SUB_PROCESS" not in os.environ:
-        Path(os.environ["PEERS_OUTCOMES"]).write_text(json.dumps(_outcomes, indent=1), encoding="utf-8")
+        written = {"versions": versions(), "outcomes": _outcomes}
+        Path(os.environ["PEERS_OUTCOMES"]).write_text(json.dumps(written, indent=1), encoding="utf-8")
 
 
 @pytest.fixture(scope="session", autouse=True)

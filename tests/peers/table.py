@@ -20,7 +20,7 @@ def record(comparison: Comparison, *, source: str, versions: dict[str, str], dat
         "allowed": dict(sorted(comparison.allowed.items())),
         "failed": dict(sorted(comparison.failed.items())),
         "stale": comparison.stale,
-        "not_compared": comparison.not_compared,
+        "not_compared": dict(sorted(comparison.not_compared.items())),
     }
 
 
@@ -47,8 +47,8 @@ def _table(records: dict[str, dict[str, Any]]) -> str:
     ]
     for suite, result in records.items():
         counts = (
-            result["agreed"], sum(result["allowed"].values()), len(result["failed"]), result["not_compared"],
-            result["seconds"],
+            result["agreed"], sum(result["allowed"].values()), len(result["failed"]),
+            sum(result["not_compared"].values()), result["seconds"],
         )  # fmt: skip
         lines.append(" | ".join(("| " + suite, result["source"], result["date"], *map(str, counts))) + " |")
     lines += ["", "## What is allowed, and why", ""]
