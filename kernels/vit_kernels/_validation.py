@@ -1,7 +1,6 @@
 """Argument checks shared by the public functions. Each names the argument, what came and what was expected."""
 
 import itertools
-import math
 import numbers
 import os
 import sys
