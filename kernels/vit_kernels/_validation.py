@@ -21,7 +21,9 @@ def check_tensor(name: str, x: torch.Tensor, rank: int, shape: str) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor {shape}")
     if x.is_nested or x.layout is not torch.strided:
-        raise TypeError(f"{name}: got {'a nested tensor' if x.is_nested else x.layout}, expected a dense tensor {shape}")
+        raise TypeError(
+            f"{name}: got {'a nested tensor' if x.is_nested else x.layout}, expected a dense tensor {shape}"
+        )
     if x.dim() != rank:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {shape}")
 
