@@ -379,15 +379,15 @@ def test_gradcheck_of_the_tables(interleaved: bool) -> None:
         assert torch.autograd.gradgradcheck(lambda *x, op=op: op(*x, interleaved, "eager"), inputs)
 
 
-def test_tables_that_need_no_gradient_keep_no_queries() -> None:
-    q, k, cos, sin = (seeded_tensor(s, torch.float32, 0) for s in ((6, 2, 4), (6, 1, 4), (3, 2), (3, 2)))
-    for learned in (False, True):
-        saved: list[Tensor] = []
-        pack = lambda x: saved.append(x) or x  # noqa: E731
-        with (
-            corrected_interpreter(),
-            force_impl("triton"),
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
-        ):
-            rotary_2d(q.requires_grad_(), k, cos.requires_grad_(learned), sin)
-        assert len(saved) == (4 if learned else 2)
+@pytest.mark.parametrize(("learned", "kept"), [(False, 2), (True, 4)])
+def test_tables_that_need_no_gradient_keep_no_queries(learned: bool, kept: int) -> None:
+    q, k, cos, sin = (seeded_tensor(shape, torch.float32, 0) for shape in ((6, 2, 4), (6, 1, 4), (3, 2), (3, 2)))
+    saved: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    with corrected_interpreter(), force_impl("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        rotary_2d(q.requires_grad_(), k, cos.requires_grad_(learned), sin)
+    assert len(saved) == kept
