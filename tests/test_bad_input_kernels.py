@@ -253,18 +253,21 @@ def test_compiled_code_of_any_size_checks_sizes_when_it_runs() -> None:
 def test_numbers_of_numpy_are_numbers(implementation: str) -> None:
     ones, qkv = torch.ones(6), torch.ones(12, 6, 16)
     with force_impl(implementation):
-        grid = np.int64(4), np.int32(6), np.int8(2)
+        grid: Any = np.int64(4), np.int32(6), np.int8(2)
+        number: Any
+        yes: Any = np.bool_(True)
+        two: Any = np.int64(2)
         assert torch.equal(pixel_shuffle(X, *grid), pixel_shuffle(X, 4, 6, 2))
-        for eps in (np.float32(1), np.float64(1), np.int64(1), 1):
-            actual = layer_norm_pixel_shuffle(X + 1, ones, ones, *grid, eps)
+        for number in (np.float32(1), np.float64(1), np.int64(1), 1):
+            actual = layer_norm_pixel_shuffle(X + 1, ones, ones, grid[0], 6, 2, number)
             assert torch.equal(actual, layer_norm_pixel_shuffle(X + 1, ones, ones, 4, 6, 2, 1.0))
-        for scale in (np.float16(0.5), np.float32(0.5)):
-            out, _ = varlen_attention(Q + 1, Q, Q, CU_SEQLENS, scale=scale, return_lse=np.bool_(True))
+        for number in (np.float16(0.5), np.float32(0.5)):
+            out, _ = varlen_attention(Q + 1, Q, Q, CU_SEQLENS, scale=number, return_lse=yes)
             assert torch.equal(out, varlen_attention(Q + 1, Q, Q, CU_SEQLENS, scale=0.5))
         tables = TABLE, TABLE
-        halves = rotary_2d(Q + 1, Q, *tables, interleaved=np.bool_(False))[0]
-        assert torch.equal(halves, rotary_2d(Q + 1, Q, *tables, interleaved=False)[0])
-        rotated = rotary_2d_qkv_(qkv.clone(), *tables, kv_heads=np.int64(2))
+        pairs = rotary_2d(Q + 1, Q, *tables, interleaved=yes)[0]
+        assert torch.equal(pairs, rotary_2d(Q + 1, Q, *tables)[0])
+        rotated = rotary_2d_qkv_(qkv.clone(), *tables, kv_heads=two)
         assert torch.equal(rotated, rotary_2d_qkv_(qkv.clone(), *tables))
 
 
@@ -290,7 +293,7 @@ def test_the_stride_of_a_single_element_does_not_matter(implementation: str) -> 
 
 def test_head_dim_8_is_for_the_eager_body_only() -> None:
     q, k, v = torch.randn(3, 12, 2, 8).unbind()
-    expected = varlen_attention(*(x.double() for x in (q, k, v)), CU_SEQLENS)
+    expected = varlen_attention(q.double(), k.double(), v.double(), CU_SEQLENS)
     torch.testing.assert_close(varlen_attention(q, k, v, CU_SEQLENS).double(), expected, rtol=1e-5, atol=1e-5)
     with force_impl("triton"), pytest.raises(ValueError, match=r"^q: got head_dim 8 .*'triton'.* 8 in 16\.\.256"):
         varlen_attention(q, k, v, CU_SEQLENS)

@@ -350,9 +350,9 @@ def table_gradients(form: str, inputs: list[Tensor], interleaved: bool) -> list[
     with corrected_interpreter(), force_impl(form):
         leaves = [x.clone().requires_grad_() for x in inputs]
         outputs = rotary_2d(*leaves, interleaved=interleaved)
-        total = sum(((i + 1) * x.float().square() * x.float()).sum() for i, x in enumerate(outputs))
+        total = (outputs[0] ** 3).sum() + 2 * (outputs[1] ** 3).sum()
         first = torch.autograd.grad(total, leaves, create_graph=True)
-        second = torch.autograd.grad(sum(x.float().square().sum() for x in first), leaves)
+        second = torch.autograd.grad(torch.stack([x.square().sum() for x in first]).sum(), leaves)
     return [*(x.detach() for x in first), *second]
 
 

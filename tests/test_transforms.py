@@ -45,7 +45,7 @@ CASES: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
     "varlen_attention_with_lse": (attend_with_lse, ATTENTION),
     "rotary_2d": (rotary_2d, ROTARY),
     "pixel_shuffle": (lambda x: pixel_shuffle(x, 4, 4), NORM[:1]),
-    "layer_norm_pixel_shuffle": (lambda *args: layer_norm_pixel_shuffle(*args, 4, 4), NORM),
+    "layer_norm_pixel_shuffle": (lambda x, weight, bias: layer_norm_pixel_shuffle(x, weight, bias, 4, 4), NORM),
     "linear_gelu": (linear_gelu, LINEAR),
 }
 every_case = pytest.mark.parametrize("name", CASES)
@@ -236,7 +236,6 @@ def test_autocast_has_one_rule(name: str) -> None:
 @every_implementation
 def test_autocast_of_direct_calls_and_of_out(implementation: str) -> None:
     q, k, v = ATTENTION
-    doubles = [x.double() for x in ATTENTION]
     with running(implementation, varlen_attention), torch.autocast("cpu", torch.bfloat16):
         options = (CU_SEQLENS, None, 0.25, implementation)
         assert OPS.varlen_attention(q, k.half(), v.bfloat16(), *options).dtype == torch.bfloat16
@@ -247,10 +246,10 @@ def test_autocast_of_direct_calls_and_of_out(implementation: str) -> None:
         out = torch.empty(q.shape, dtype=torch.bfloat16)
         assert torch.equal(varlen_attention(q, k, v, CU_SEQLENS, out=out), varlen_attention(q, k, v, CU_SEQLENS))
         if implementation == "eager":
-            assert varlen_attention(*doubles, CU_SEQLENS).dtype == torch.float64
+            assert varlen_attention(q.double(), k.double(), v.double(), CU_SEQLENS).dtype == torch.float64
         assert rotate_qkv(*QKV).dtype == torch.float32
         # What a linear layer gives under autocast, beside parameters of a norm.
-        assert layer_norm_pixel_shuffle(NORM[0].bfloat16(), *NORM[1:], 4, 4).dtype == torch.bfloat16
+        assert layer_norm_pixel_shuffle(NORM[0].bfloat16(), NORM[1], NORM[2], 4, 4).dtype == torch.bfloat16
 
 
 def negated(x: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def autograd(
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             # torch.func has unwrapped the arguments for one of its transforms, which wants only its own derivative.
             with enable_single_level_autograd_function():
-                return Function.apply(*args, keyset)
+                return Function.apply(*args, keyset)  # type: ignore[attr-defined]
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 

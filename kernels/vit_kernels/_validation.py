@@ -127,32 +127,32 @@ def check_sizes(condition: bool | torch.SymBool, expected: str, **sizes: int | t
         raise ValueError(f"{expected}, got {', '.join(f'{name} {size}' for name, size in sizes.items())}")
 
 
-def integer(name: str, value: Any) -> int | torch.SymInt:
-    """`value`, of Python or numpy, as an integer of Python."""
-    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
-        return value
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)
-    # Dynamo has no repr of what is an array to it, as numbers of numpy are.
-    got = repr(value) if isinstance(value, bool | float | str) else type(value).__name__
-    raise TypeError(f"{name}: got {got}, expected an integer")
+def integer(name: str, value: Any) -> int:
+    """`value`, of Python or numpy, as an integer of Python; a symbolic one stays one."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | numbers.Integral):
+        # Dynamo has no repr of what is an array to it, as numbers of numpy are.
+        got = repr(value) if isinstance(value, bool | float | str) else type(value).__name__
+        raise TypeError(f"{name}: got {got}, expected an integer")
+    return value if isinstance(value, torch.SymInt) else int(value)  # type: ignore[return-value]
 
 
-def positive_integer(name: str, value: Any) -> int | torch.SymInt:
+def positive_integer(name: str, value: Any) -> int:
     """`value` as `integer` takes it, above zero."""
-    value = integer(name, value)
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, expected a positive integer")
-    return value
+    number = integer(name, value)
+    if number < 1:
+        raise ValueError(f"{name}: got {number}, expected a positive integer")
+    return number
 
 
-def positive_number(name: str, value: Any) -> float | torch.SymFloat:
-    """`value`, of Python or numpy, as a finite float of Python above zero."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
+def positive_number(name: str, value: Any) -> float:
+    """`value`, of Python or numpy, as a finite float of Python above zero; a symbolic one stays one."""
+    if isinstance(value, bool) or not isinstance(value, torch.SymInt | torch.SymFloat | numbers.Real):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not 0 < value < math.inf:
+    symbolic = isinstance(value, torch.SymInt | torch.SymFloat)
+    number: float = value if symbolic else float(value)  # type: ignore[assignment]
+    if not 0 < number < math.inf:
         raise ValueError(f"{name}: got {value}, expected a positive finite number")
-    return float(value)
+    return number
 
 
 def boolean(name: str, value: Any) -> bool:
