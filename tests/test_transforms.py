@@ -314,3 +314,15 @@ def test_a_direct_call_reads_what_it_overwrites_first(implementation: str) -> No
         lse = out.view(-1)[:24].view(2, 12)
         with pytest.raises(ValueError, match=r"^out: shares memory with lse"):
             OPS.varlen_attention_out(q, k, v, CU_SEQLENS, None, 0.25, out, lse, implementation)
+
+
+def test_a_kernel_is_not_launched_on_memory_it_would_misread() -> None:
+    (q, k, v), (_, _, cos, sin) = ATTENTION, ROTARY
+    apart = torch.cat([q, q], -1)[..., ::2]
+    with corrected_interpreter():
+        with pytest.raises(ValueError, match=r"^q: got strides .*, expected a contiguous last dimension"):
+            OPS.varlen_attention(apart, k, v, CU_SEQLENS, None, 0.25, "triton")
+        with pytest.raises(ValueError, match=r"^sin: got shape \(6, 4\), expected \[positions, head_dim // 2 = 8\]"):
+            OPS.rotary_2d(q, k, cos, sin[:, :4].contiguous(), True, "triton")
+        with pytest.raises(ValueError, match=r"^cos: got strides \(16, 1\), expected a contiguous tensor"):
+            OPS.rotary_2d_qkv_(QKV[0].clone(), torch.cat([cos, cos], 1)[:, :8], sin, 1, True, "triton")

@@ -69,6 +69,7 @@ def fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> t
 def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     from vit_kernels._triton.rotary_2d import launch
 
+    _rotary_tables.check_tables("q", q, cos, sin)
     return launch(q, k, cos, sin, interleaved)
 
 
@@ -77,6 +78,7 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor]:
     from vit_kernels._triton.rotary_2d import launch
 
+    _rotary_tables.check_tables("grad_q", grad_q, cos, sin)
     return launch(grad_q, grad_k, cos, sin, interleaved, inverse=True)
 
 

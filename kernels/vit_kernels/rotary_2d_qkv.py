@@ -61,6 +61,7 @@ def eager(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, interleaved: boo
 def _launch(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, interleaved: bool) -> None:
     from vit_kernels._triton.rotary_2d import launch_in_place
 
+    _rotary_tables.check_tables("qkv", qkv, cos, sin)
     q, k, _ = qkv.split([qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     launch_in_place(q, k, cos, sin, interleaved)
 
