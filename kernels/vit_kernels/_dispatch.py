@@ -65,6 +65,10 @@ def define(
             x, *rest = _validation.separate(written, x, *rest)
         if impl == "eager":
             return bodies[impl](x, *rest)
+        # A kernel reads memory without asking: what a direct call may give it is looked at here, cheaply.
+        for argument, tensor in zip(names, (x, *rest), strict=True):
+            if isinstance(tensor, torch.Tensor) and tensor.dim():
+                _validation.check_last_dim_contiguous(argument, tensor)
         with launch_context(impl, x):
             return bodies[impl](x, *rest)
 
@@ -73,6 +77,7 @@ def define(
 
     _library.define(schema)
     op = getattr(torch.ops.vit_kernels, name).default
+    names = [argument.name for argument in op._schema.arguments][:-1]
     written = {i: a.name for i, a in enumerate(op._schema.arguments) if a.alias_info is not None}
     for key in ("CPU", "CUDA"):
         _library.impl(name, kernel, key)

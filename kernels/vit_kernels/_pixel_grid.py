@@ -24,9 +24,7 @@ def unshuffle(x: Tensor, height: int, width: int, factor: int) -> Tensor:
     return moved.view(x.shape[0], height * width, channels)
 
 
-def check_grid(
-    x: Tensor, height: int, width: int, factor: int, impl: str
-) -> tuple[int | torch.SymInt, int | torch.SymInt, int | torch.SymInt]:
+def check_grid(x: Tensor, height: int, width: int, factor: int, impl: str) -> tuple[int, int, int]:
     """`x` is [tiles, height * width, channels] and the grid divides by factor; the grid in integers of Python."""
     _validation.check_tensor("x", x, 3, "[tiles, height * width, channels]")
     _validation.check_dtype("x", x, impl)

@@ -59,7 +59,7 @@ def autograd(
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             # torch.func has unwrapped the arguments for one of its transforms, which wants only its own derivative.
             with enable_single_level_autograd_function():
-                return Function.apply(*args, keyset)
+                return Function.apply(*args, keyset)  # type: ignore[attr-defined]
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
@@ -148,7 +148,11 @@ def autocast(op: torch._ops.OpOverload, device_type: str, names: tuple[str, ...]
 def cast_for_autocast(*tensors: Any) -> tuple[Any, ...]:
     """What torch's own matrix products do with their arguments: under autocast, cast all but float64 to its dtype."""
     first = tensors[0]
-    if isinstance(first, Tensor) and first.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(first.device.type):
+    if (
+        isinstance(first, Tensor)
+        and first.device.type in ("cpu", "cuda")
+        and torch.is_autocast_enabled(first.device.type)
+    ):
         return tuple(_cast(x, first.device.type) for x in tensors)
     return tensors
 

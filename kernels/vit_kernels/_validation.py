@@ -21,7 +21,9 @@ def check_tensor(name: str, x: torch.Tensor, rank: int, shape: str) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor {shape}")
     if x.is_nested or x.layout is not torch.strided:
-        raise TypeError(f"{name}: got {'a nested tensor' if x.is_nested else x.layout}, expected a dense tensor {shape}")
+        raise TypeError(
+            f"{name}: got {'a nested tensor' if x.is_nested else x.layout}, expected a dense tensor {shape}"
+        )
     if x.dim() != rank:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {shape}")
 
@@ -125,32 +127,32 @@ def check_sizes(condition: bool | torch.SymBool, expected: str, **sizes: int | t
         raise ValueError(f"{expected}, got {', '.join(f'{name} {size}' for name, size in sizes.items())}")
 
 
-def integer(name: str, value: Any) -> int | torch.SymInt:
-    """`value`, of Python or numpy, as an integer of Python."""
-    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
-        return value
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)
-    # Dynamo has no repr of what is an array to it, as numbers of numpy are.
-    got = repr(value) if isinstance(value, bool | float | str) else type(value).__name__
-    raise TypeError(f"{name}: got {got}, expected an integer")
+def integer(name: str, value: Any) -> int:
+    """`value`, of Python or numpy, as an integer of Python; a symbolic one stays one."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | numbers.Integral):
+        # Dynamo has no repr of what is an array to it, as numbers of numpy are.
+        got = repr(value) if isinstance(value, bool | float | str) else type(value).__name__
+        raise TypeError(f"{name}: got {got}, expected an integer")
+    return value if isinstance(value, torch.SymInt) else int(value)  # type: ignore[return-value]
 
 
-def positive_integer(name: str, value: Any) -> int | torch.SymInt:
+def positive_integer(name: str, value: Any) -> int:
     """`value` as `integer` takes it, above zero."""
-    value = integer(name, value)
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, expected a positive integer")
-    return value
+    number = integer(name, value)
+    if number < 1:
+        raise ValueError(f"{name}: got {number}, expected a positive integer")
+    return number
 
 
-def positive_number(name: str, value: Any, at_most: float = sys.float_info.max) -> float | torch.SymFloat:
-    """`value`, of Python or numpy, as a finite float of Python above zero."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
+def positive_number(name: str, value: Any, at_most: float = sys.float_info.max) -> float:
+    """`value`, of Python or numpy, as a finite float of Python above zero; a symbolic one stays one."""
+    if isinstance(value, bool) or not isinstance(value, torch.SymInt | torch.SymFloat | numbers.Real):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not 0 < value <= at_most:
+    symbolic = isinstance(value, torch.SymInt | torch.SymFloat)
+    number: float = value if symbolic else float(value)  # type: ignore[assignment]
+    if not 0 < number <= at_most:
         raise ValueError(f"{name}: got {value}, expected a positive finite number, at most {at_most:.4g}")
-    return float(value)
+    return number
 
 
 def boolean(name: str, value: Any) -> bool:

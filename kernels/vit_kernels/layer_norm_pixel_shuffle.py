@@ -15,7 +15,8 @@ def layer_norm_pixel_shuffle(
     """`pixel_shuffle` of the layer norm of each token, with one read of x and one write.
 
     Mean and variance are computed in float32, the result is rounded once. On a CPU the body is inlined, so that a
-    compiler fuses it. The gradient computes the statistics again.
+    compiler fuses it. The gradient computes the statistics again. Autocast changes nothing: the result has the dtype of
+    x, where CUDA's layer norm would return float32.
 
     Source: Ba et al., Layer Normalization (arXiv 1607.06450), equation 4; Meta's llama-models,
     `llama4/vision/encoder.py`, `PixelShuffle`.
@@ -23,7 +24,7 @@ def layer_norm_pixel_shuffle(
     Args:
         x: [tiles, height * width, channels], float32, float16, bfloat16 (eager: float64 too). Any strides with a
             contiguous last dimension, so a class token can be sliced off without a copy.
-        weight, bias: [channels], dtype of x.
+        weight, bias: [channels], both in the dtype of x, or in float32 beside x in a half precision.
         height, width: the grid, both multiples of factor.
         factor: side of a neighbourhood.
         eps: added to the variance.
@@ -32,8 +33,10 @@ def layer_norm_pixel_shuffle(
         [tiles, (height // factor) * (width // factor), channels * factor**2], contiguous, dtype of x.
 
     Raises:
-        TypeError: a dtype that the implementation does not take or that differs, or the grid is not of integers.
+        TypeError: a dtype that the implementation does not take or that differs, the grid is not of integers, or eps
+            is no number.
         ValueError: a shape, stride, device, factor or eps that does not fit.
+        NotImplementedError: the Triton body is given a tangent of forward-mode AD.
     """
     impl = _dispatch.choose("layer_norm_pixel_shuffle", x)
     height, width, factor = _pixel_grid.check_grid(x, height, width, factor, impl)

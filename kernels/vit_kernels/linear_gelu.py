@@ -15,7 +15,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     What the linear layer gives is never written: of a vision encoder's widest activation that saves a write and two
     reads. It is rounded once, after the GELU. cuBLASLt's GELU epilogue is the tanh form, which is another function.
-    On a CPU the body is inlined, so that a compiler fuses it. The gradient computes the linear layer again.
+    On a CPU the body is inlined, so that a compiler fuses it. The gradient computes the linear layer again. Under
+    autocast x, weight and bias are cast to its dtype, float64 excepted, as torch's own linear layer casts them.
 
     Source: Hendrycks and Gimpel, Gaussian Error Linear Units (arXiv 1606.08415), section 2, with the exact cdf.
 
@@ -31,6 +32,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Raises:
         TypeError: a dtype that the implementation does not take or that differs.
         ValueError: a shape, stride or device that does not fit.
+        NotImplementedError: the Triton body is given a tangent of forward-mode AD.
     """
     x, weight, bias = _transforms.cast_for_autocast(x, weight, bias)
     impl = _dispatch.choose("linear_gelu", x)

@@ -14,7 +14,7 @@ def rotary_2d(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bo
 
     Pair (a, b) becomes (a * cos - b * sin, a * sin + b * cos), computed in float32 and rounded once. What makes it
     2D is the table: half of its columns carry angles of x, half of y. On a CPU the body is inlined, so that a
-    compiler fuses it.
+    compiler fuses it. All four tensors may require gradients. Autocast changes nothing.
 
     Source: Su et al., RoFormer (arXiv 2104.09864), section 3.2; the pairings are those of transformers'
     `modeling_llama4.py` (interleaved) and `modeling_qwen2_5_vl.py` (halves).
@@ -31,6 +31,7 @@ def rotary_2d(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bo
     Raises:
         TypeError: a dtype that the implementation does not take, or that differs between q and k.
         ValueError: shapes, strides or devices that do not fit, tokens not a multiple of positions.
+        NotImplementedError: the Triton body is given a tangent of forward-mode AD.
     """
     impl = _dispatch.choose("rotary_2d", q)
     _validate(q, k, cos, sin, impl)
@@ -68,6 +69,7 @@ def fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> t
 def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     from vit_kernels._triton.rotary_2d import launch
 
+    _rotary_tables.check_tables("q", q, cos, sin)
     return launch(q, k, cos, sin, interleaved)
 
 
@@ -76,6 +78,7 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor]:
     from vit_kernels._triton.rotary_2d import launch
 
+    _rotary_tables.check_tables("grad_q", grad_q, cos, sin)
     return launch(grad_q, grad_k, cos, sin, interleaved, inverse=True)
 
 

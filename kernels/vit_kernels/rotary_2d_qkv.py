@@ -12,7 +12,7 @@ def rotary_2d_qkv_(
     """Rotate the queries and keys of a packed qkv where they lie, as `rotary_2d` does; the values stay as they are.
 
     Two thirds of qkv are read and written once: attention reads q, k and v as views of it, and no copy is made. For
-    inference: it has no gradient. One registered op on every device.
+    inference: it has no gradient. One registered op on every device. Autocast changes nothing.
 
     The projection's bias is not added here: the matrix product adds it in its epilogue, which moves no bytes, whereas
     here the values would have to be read and written too, half as much again as the rotation alone (at 16 tiles of
@@ -35,6 +35,7 @@ def rotary_2d_qkv_(
         TypeError: a dtype that the implementation does not take, or kv_heads is no integer.
         ValueError: shapes, strides or devices that do not fit, tokens not a multiple of positions; or gradients are on
             and an argument requires them.
+        NotImplementedError: an argument has a tangent of forward-mode AD.
     """
     impl = _dispatch.choose("rotary_2d_qkv_", qkv)
     _validation.check_tensor("qkv", qkv, 3, "[tokens, heads + 2 * kv_heads, head_dim]")
@@ -60,6 +61,7 @@ def eager(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, interleaved: boo
 def _launch(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, interleaved: bool) -> None:
     from vit_kernels._triton.rotary_2d import launch_in_place
 
+    _rotary_tables.check_tables("qkv", qkv, cos, sin)
     q, k, _ = qkv.split([qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     launch_in_place(q, k, cos, sin, interleaved)
 

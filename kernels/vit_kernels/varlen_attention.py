@@ -56,13 +56,14 @@ def varlen_attention(
     does one whose every score is -inf, as in PyTorch's attention; its gradients are zero. A score of NaN or +inf makes
     a row of NaN. This is one registered op on every device; nothing is read from the device on the host. A sequence's outputs are the
     same bits in every run and in every batch. q, k and v may require gradients, which are deterministic too.
+    Under autocast q, k and v are cast to its dtype, float64 excepted, as torch's own attention casts them.
 
     Source: Vaswani et al. (arXiv 1706.03762), equation 1; Dao, FlashAttention-2 (arXiv 2307.08691), algorithms 1
     and 2; the packed layout is that of flash-attn's `flash_attn_varlen_func`.
 
     Args:
         q: [total_tokens, heads, head_dim], float32, float16, bfloat16 (eager: float64 too). Any strides with a
-            contiguous last dimension (views of a packed qkv). head_dim is a multiple of 8 in 16..256.
+            contiguous last dimension (views of a packed qkv). head_dim is a multiple of 8 in 16..256 (eager: 8 too).
         k, v: [total_tokens_k, kv_heads, head_dim]; kv_heads divides heads.
         cu_seqlens: int32 [sequences + 1] on q's device: 0, then the running sum of the sequence lengths. Its
             contents are checked on CPUs, on accelerators only under VIT_KERNELS_DEBUG=1.
@@ -71,8 +72,9 @@ def varlen_attention(
         scale: positive, up to 2**127; head_dim**-0.5 when None. Scores are float32: at magnitudes beyond 2**30 the
             kernels' exponentials may overflow to NaN on GPUs.
         return_lse: also return the natural logarithm of the softmax's denominator.
-        out: [total_tokens, heads, head_dim], dtype and device of q, last dimension contiguous, not overlapping q, k
-            or v: written instead of a new tensor, and returned. Not where gradients are needed.
+        out: [total_tokens, heads, head_dim], dtype (under autocast, its dtype) and device of q, last dimension
+            contiguous, not overlapping q, k or v: written instead of a new tensor, and returned. Not where gradients
+            are needed.
 
     Returns:
         [total_tokens, heads, head_dim], contiguous unless it is `out`, dtype of q. With return_lse also the
@@ -83,7 +85,7 @@ def varlen_attention(
         TypeError: a dtype that the implementation does not take, or that differs between q, k and v; a scale that is
             no number.
         ValueError: shapes, strides, devices, scale or boundaries that do not fit; `out` under gradients.
-        NotImplementedError: the gradient is differentiated.
+        NotImplementedError: the gradient is differentiated, or an argument has a tangent of forward-mode AD.
     """
     q, k, v = _transforms.cast_for_autocast(q, k, v)
     return_lse = _validation.boolean("return_lse", return_lse)
@@ -227,9 +229,7 @@ def _eager_out(
         lse.copy_(new_lse)
 
 
-def _validate(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, impl: str
-) -> None:
+def _validate(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, impl: str) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _validation.check_tensor(name, x, 3, "[total_tokens, heads, head_dim]")
         _validation.check_dtype(name, x, impl)
