@@ -159,9 +159,7 @@ BOUNDS = {
 
 
 @pytest.mark.parametrize("layout", BOUNDS)
-@pytest.mark.parametrize(
-    "case", ["attention", "attention into out", "gradients", "rotary_2d", "rotary_2d in place"]
-)
+@pytest.mark.parametrize("case", ["attention", "attention into out", "gradients", "rotary_2d", "rotary_2d in place"])
 def test_lengths_and_batches_share_binaries(binaries: dict[str, dict[str, int]], case: str, layout: str) -> None:
     counts = binaries[f"{case}, {layout}"]
     assert counts
