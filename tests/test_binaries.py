@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from typing import Any
 
 import pytest
 import torch
