@@ -39,6 +39,9 @@ from tests.mutants import Mutant, installed
 CPU_SECONDS_OF_A_MUTANT = 120
 """Where a mutant loops without end; intact checks take a few, however busy the machine is."""
 
+LARGE = 5000.0
+"""What makes of any log-sum-exp one that is computed again."""
+
 FAR = 2**30
 """Elements from one row, head or tile to the next, so that offsets pass 2**31: memory that is hardly touched."""
 
@@ -356,6 +359,18 @@ def backward_blocks(case: Attention) -> tuple[dict[str, Any], dict[str, Any]]:
     return of_q, of_q | {"BLOCK_M": 32, "BLOCK_N": 16}
 
 
+def factors_strides() -> None:
+    strides = triton_module("strides")
+    x = torch.empty(3, 2, 24, device="meta")
+    for head, expected in ((x, (1, 24)), (x[:, :1], (1, 0)), (x.expand(3, 2, 24)[:, :1].expand(3, 2, 24), (1, 0))):
+        assert strides.head_stride(head) == expected
+    assert strides.head_stride(x.view(2, 3, 24).transpose(0, 1)) == (9, 8)
+    assert strides.head_stride(torch.empty(2, 3, 20, device="meta").transpose(0, 1)) == (15, 4)
+    assert strides.head_stride(torch.empty(5, 2, 24, device="meta").as_strided((5, 2, 24), (24, 24, 1))) == (1, 24)
+    assert strides.token_stride(x) == (1, 48)
+    assert strides.token_stride(x[:, :1]) == (6, 8)
+
+
 def attends() -> None:
     launch = triton_module("varlen_attention").launch
     for case in attention_cases():
@@ -402,6 +417,27 @@ def attends_steeply() -> None:
         assert_close_to_reference(x, wanted, pytorch)
 
 
+def differentiates_large_logits() -> None:
+    """Where the log-sum-exp is computed again, in float32 of keys that are the same too."""
+    launch = triton_module("varlen_attention_backward").launch
+    for dtype, size in ((torch.float32, 2.5), (torch.float32, 80.0), (torch.float16, 60.0)):
+        case = Attention((5, 0, 18), (35, 4, 17), 4, 2, 24, 13)
+        if dtype == torch.float32:
+            case.k[1:3], case.k[40:42] = case.k[:1], case.k[39:40]
+        q, k, v, grad = (x.to(dtype) for x in (case.q * size, case.k * size, case.v, case.grads[0]))
+        rest = (case.cu, case.cu_k, case.scale)
+        out, lse = varlen_attention(q, k, v, case.cu, cu_seqlens_k=case.cu_k, scale=case.scale, return_lse=True)
+        with nan_filled_empty():
+            actual = launch(grad, case.grads[1], q, k, v, out, lse, *rest, configurations=backward_blocks(case))
+        expected, pytorch = (
+            eager_backward.eager(*(x.to(of) for x in (grad, case.grads[1], q, k, v, out, lse)), *rest)
+            for of in (torch.float64, dtype)
+        )
+        # Of one key that outweighs all others the other gradients are differences of equal numbers.
+        for i in (0, 1, 2) if size < 10 else (2,):
+            assert_close_to_reference(actual[i], expected[i], pytorch[i])
+
+
 def differentiates_steeply() -> None:
     case = steep()
     (_, out), (_, lse) = case.outputs
@@ -440,7 +476,9 @@ def meets_senseless_boundaries() -> None:
             boundaries = [torch.tensor(x, dtype=torch.int32) for x in (cu, cu_k)]
             inputs = (case.q, case.k, case.v)
             forward(*inputs, *boundaries, case.scale, lse=torch.empty_like(lse), configuration=forward_blocks(case))
-            backward(grad, grad_lse, *inputs, out, lse, *boundaries, case.scale, configurations=backward_blocks(case))
+            for of_rows in (lse, lse + LARGE):
+                rest = (out, of_rows, *boundaries, case.scale)
+                backward(grad, grad_lse, *inputs, *rest, configurations=backward_blocks(case))
 
 
 def multiplies_no_more_than_it_must() -> None:
@@ -492,7 +530,7 @@ def differentiates_far() -> None:
             x[: int(case.cu[-1])].contiguous().half()
             for x in (case.q, case.k, case.v, case.grads[0], case.outputs[0][1])
         )
-        lse = case.outputs[1][1][:, : q.shape[0]].contiguous()
+        lse = case.outputs[1][1][:, : q.shape[0]].contiguous() + LARGE
         rest = (out, lse, case.cu, case.cu_k, case.scale)
         expected = launch(grad, None, q, k, v, *rest, configurations=blocks)
         for dim in (0, 1)[: q.shape[1]]:
@@ -523,7 +561,7 @@ def differentiates_past_32_bits() -> None:
         grad, lse = torch.empty(tokens, heads, head_dim), torch.empty(heads, tokens)
         k, cu_seqlens = torch.empty(1, heads, head_dim), torch.empty(2, dtype=torch.int32)
     kernel = Recorder()
-    with mock.patch.multiple(module, grad_q_kernel=Recorder(), grad_kv_kernel=kernel):
+    with mock.patch.multiple(module, exact_lse_kernel=Recorder(), grad_q_kernel=Recorder(), grad_kv_kernel=kernel):
         module.launch(grad, None, q, k, k, grad, lse, cu_seqlens, cu_seqlens, 1.0, configurations=(BLOCKS, BLOCKS))
     assert kernel.given["INT64_OFFSETS"]
 
@@ -538,6 +576,7 @@ FORWARD_CHECKS = (
 )
 BACKWARD_CHECKS = (
     differentiates,
+    differentiates_large_logits,
     differentiates_steeply,
     multiplies_no_more_than_it_must_backwards,
     meets_senseless_boundaries,
@@ -546,6 +585,7 @@ BACKWARD_CHECKS = (
 )
 CHECKS: dict[str, tuple[Callable[[], None], ...]] = {
     "sequences": (*FORWARD_CHECKS, *BACKWARD_CHECKS),
+    "strides": (factors_strides,),
     "varlen_attention": FORWARD_CHECKS,
     "varlen_attention_backward": BACKWARD_CHECKS,
     "rotary_2d": (rotates, rotates_from_far),

@@ -16,6 +16,7 @@ import vit_kernels
 
 MODULES = (
     "sequences",
+    "strides",
     "varlen_attention",
     "varlen_attention_backward",
     "rotary_2d",
@@ -214,7 +215,7 @@ def installed(mutant: Mutant) -> Iterator[None]:
 
     The modules that import the mutated one are imported afresh.
     """
-    fresh = MODULES if mutant.module == "sequences" else (mutant.module,)
+    fresh = MODULES if mutant.module in ("sequences", "strides") else (mutant.module,)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as imports:
         for name in fresh:
             path = Path(folder) / f"{name}.py"

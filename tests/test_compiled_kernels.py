@@ -27,8 +27,9 @@ SCRIPT = """
     def meta(*shape, dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    def attention(target, head_dim, dtype):
-        q, k, v = meta(1154, 3, 2, head_dim, dtype=dtype).unbind(1)
+    def attention(target, head_dim, dtype, first=0):
+        packed = meta(1154 * 6 * head_dim + first, dtype=dtype)[first:]
+        q, k, v = packed.view(1154, 3, 2, head_dim).unbind(1)
         cu_seqlens = meta(3, dtype=torch.int32)
         return compile_launch(target, varlen_attention.launch, q, k, v, cu_seqlens, cu_seqlens, 0.1)
 
@@ -64,6 +65,7 @@ SCRIPT = """
     for target in TARGETS:
         head_dims = (64, 72, 80, 88, 96, 128)
         reports = {f"attention {dim} bfloat16": attention(target, dim, torch.bfloat16) for dim in head_dims}
+        reports["attention from an odd address"] = attention(target, 88, torch.bfloat16, first=1)
         reports["attention 24 float32"] = attention(target, 24, torch.float32)
         reports |= {f"rotary interleaved {dim}": rotary(target, dim, True) for dim in (64, 72, 80, 88, 128)}
         reports |= {f"rotary halves {dim}": rotary(target, dim, False) for dim in (80, 88)}
@@ -119,6 +121,13 @@ def test_attention_in_bf16(reports: dict[tuple[str, str], dict[str, Any]], targe
     assert all(opcode.startswith(kind) for opcode in report["loop_matrix"])
     assert report["loop_loads"] == [16]
     assert max(report["stores"]) == (8 if target == "gfx942" else 16)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_views_that_are_not_aligned_are_read_element_by_element(
+    reports: dict[tuple[str, str], dict[str, Any]], target: str
+) -> None:
+    assert reports[target, "attention from an odd address"]["loop_loads"] == [2]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -363,6 +363,17 @@ def test_dot_is_within_its_error_bound(dtype: torch.dtype, m: int, n: int, k: in
     assert counts.dot_flops == 2 * m * n * k
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_an_element_of_a_dot_depends_on_its_row_and_column_alone(dtype: torch.dtype) -> None:
+    """A kernel that computes a product again, in blocks of other sizes or transposed, gets the same bits."""
+    a, b = (torch.randn(64, 64, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in range(2))
+    zeros = torch.zeros(64, 64)
+    with corrected_interpreter():
+        whole = run_dot(a, b.T.contiguous(), zeros)
+        assert torch.equal(run_dot(b, a.T.contiguous(), zeros).T, whole)
+        assert torch.equal(run_dot(a[16:32], b[:32].T.contiguous(), zeros[:16, :32].contiguous()), whole[16:32, :32])
+
+
 def test_the_stock_interpreter_is_wrong() -> None:
     """When this fails, Triton has learnt bf16: see which corrections can go."""
     x = torch.linspace(-2, 2, LANES).to(torch.bfloat16)

@@ -59,6 +59,7 @@ def rotary_2d_reference(
         q and k rotated, as float64.
     """
     positions = cos.shape[0]
+
     def rotate(x: Tensor) -> Tensor:
         out = torch.empty(x.shape, dtype=torch.float64, device=x.device)
         half = x.shape[-1] // 2

@@ -54,9 +54,10 @@ def varlen_attention(
     Sequence s owns the query rows cu_seqlens[s] to cu_seqlens[s + 1] and the same rows of k and v, or those that
     cu_seqlens_k names. Sequences may be empty; a query without keys, or outside every sequence, gives zeros, and so
     does one whose every score is -inf, as in PyTorch's attention; its gradients are zero. A score of NaN or +inf makes
-    a row of NaN. This is one registered op on every device; nothing is read from the device on the host. A sequence's outputs are the
-    same bits in every run and in every batch. q, k and v may require gradients, which are deterministic too.
-    Under autocast q, k and v are cast to its dtype, float64 excepted, as torch's own attention casts them.
+    a row of NaN. This is one registered op on every device; nothing is read from the device on the host. A sequence's
+    outputs are the same bits in every run and in every batch. q, k and v may require gradients, which are
+    deterministic too. Under autocast q, k and v are cast to its dtype, float64 excepted, as torch's own attention casts
+    them.
 
     Source: Vaswani et al. (arXiv 1706.03762), equation 1; Dao, FlashAttention-2 (arXiv 2307.08691), algorithms 1
     and 2; the packed layout is that of flash-attn's `flash_attn_varlen_func`.

@@ -450,14 +450,14 @@ def grad_kv_kernel(
         for first_query in range(0, full, BLOCK_M):
             grad_k_0, grad_k_1, grad_v_0, grad_v_1 = _grad_kv_of_queries(
                 k_0, k_1, v_0, v_1, grad_k_0, grad_k_1, grad_v_0, grad_v_1, q_head, grad_head, delta_ptr + row,
-                shift_ptr + row, stride_q, first_query, queries, scale_log2, GROUP * KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_M,
-                BLOCK_D0, BLOCK_D1, False, INT64_OFFSETS, INPUT_PRECISION,
+                shift_ptr + row, stride_q, first_query, queries, scale_log2, GROUP * KV_HEADS * HEAD_DIM, HEAD_DIM,
+                BLOCK_M, BLOCK_D0, BLOCK_D1, False, INT64_OFFSETS, INPUT_PRECISION,
             )  # fmt: skip
         for first_query in range(full, queries, BLOCK_TAIL):
             grad_k_0, grad_k_1, grad_v_0, grad_v_1 = _grad_kv_of_queries(
                 k_0, k_1, v_0, v_1, grad_k_0, grad_k_1, grad_v_0, grad_v_1, q_head, grad_head, delta_ptr + row,
-                shift_ptr + row, stride_q, first_query, queries, scale_log2, GROUP * KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_TAIL,
-                BLOCK_D0, BLOCK_D1, True, INT64_OFFSETS, INPUT_PRECISION,
+                shift_ptr + row, stride_q, first_query, queries, scale_log2, GROUP * KV_HEADS * HEAD_DIM, HEAD_DIM,
+                BLOCK_TAIL, BLOCK_D0, BLOCK_D1, True, INT64_OFFSETS, INPUT_PRECISION,
             )  # fmt: skip
     row = t * (KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM
     _store(grad_k_ptr + row, grad_k_0 * scale, in_sequence, 0, BLOCK_D0, HEAD_DIM)
