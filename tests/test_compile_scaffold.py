@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -158,6 +159,19 @@ def test_the_tag_names_the_dump(tmp_path: Path) -> None:
     (dumped,) = tmp_path.glob("dumped/graph-*.txt")
     assert "compile_mm_encoder=True" in dumped.read_text()
     assert "linear" in dumped.read_text()
+
+
+def test_a_dump_goes_home_and_costs_a_warning_where_it_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").touch()
+    for folder in ("~/dumps", "~/file"):
+        module = Scaled(CompilationConfig(compile_mm_encoder=True, backend="eager", debug_dump_path=folder))
+        expected = pytest.warns(UserWarning, match="debug_dump_path: cannot write .*: .*") if "file" in folder else None
+        with expected or contextlib.nullcontext(), torch.no_grad():
+            module(rows())
+    assert len(list(tmp_path.glob("dumps/*/graph-*.txt"))) == 1
 
 
 # Subclasses, copies

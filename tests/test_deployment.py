@@ -404,7 +404,7 @@ def test_no_gradient_is_lost_silently(small: Path) -> None:
     with forward_ad.dual_level(), pytest.raises(ValueError, match="y: got a dual tensor, expected none"):
         run(x, forward_ad.make_dual(x, x))
     for transform in (torch.func.vmap, torch.func.functionalize, lambda run: torch.func.grad(lambda *x: run(*x).sum())):
-        with pytest.raises(TypeError, match="x: got a tensor of a torch.func transform, expected a plain one"):
+        with pytest.raises(TypeError, match=r"x: got a tensor of a torch\.func transform, expected a plain one"):
             transform(run)(torch.ones(2, 2, 3), torch.ones(2, 2, 3))
 
 
