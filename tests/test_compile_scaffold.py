@@ -160,6 +160,22 @@ def test_the_tag_names_the_dump(tmp_path: Path) -> None:
     assert "linear" in dumped.read_text()
 
 
+def test_a_dump_goes_home_and_costs_a_warning_where_it_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").touch()
+    home, lost = (
+        Scaled(CompilationConfig(compile_mm_encoder=True, backend="eager", debug_dump_path=folder))
+        for folder in ("~/dumps", "~/file")
+    )
+    with torch.no_grad():
+        home(rows())
+        with pytest.warns(UserWarning, match=r"debug_dump_path: cannot write .*graph-\d+\.txt: .*Not a directory"):
+            lost(rows())
+    assert len(list(tmp_path.glob("dumps/*/graph-*.txt"))) == 1
+
+
 # Subclasses, copies
 
 

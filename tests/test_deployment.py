@@ -403,15 +403,15 @@ def test_no_gradient_is_lost_silently(small: Path) -> None:
         assert run(x.clone().requires_grad_(), x).shape == (2,)
     with forward_ad.dual_level(), pytest.raises(ValueError, match="y: got a dual tensor, expected none"):
         run(x, forward_ad.make_dual(x, x))
-    for transform in (torch.func.vmap, lambda f: torch.func.grad(lambda x, y: f(x, y).sum())):
-        with pytest.raises((ValueError, RuntimeError)):
+    for transform in (torch.func.vmap, torch.func.functionalize, lambda run: torch.func.grad(lambda *x: run(*x).sum())):
+        with pytest.raises(TypeError, match=r"x: got a tensor of a torch\.func transform, expected a plain one"):
             transform(run)(torch.ones(2, 2, 3), torch.ones(2, 2, 3))
 
 
 @torch.no_grad()
 def test_a_negative_view_is_its_values(small: Path) -> None:
-    x = torch.randn(2, 3, dtype=torch.complex64).conj().imag
-    assert x.is_neg()
+    # As x.conj().imag is, but contiguous: no copy for the layout's sake hides the difference.
+    x = torch._neg_view(torch.randn(2, 3))
     torch.testing.assert_close(load(small)(x, x), Small()(x, x))
     weights = {"weight": x[0]}
     torch.testing.assert_close(load(small, weights=weights)(x, x), load(small, weights={"weight": x[0] + 0})(x, x))

@@ -352,3 +352,9 @@ def test_what_one_compiler_spills_is_not_kept_for_it(
     assert kept("3.7.1") - kept("3.9.0") == dropped
     assert kept("3.9.0") <= kept("3.7.1")
     assert len(kept("3.9.0")) >= 3
+
+
+def test_a_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("VIT_KERNELS_TUNED", "~/tuned")
+    assert tuned_file("A GPU") == tmp_path / "tuned" / "A_GPU.json"

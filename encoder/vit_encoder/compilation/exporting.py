@@ -77,39 +77,50 @@ def export(module: nn.Module, args: Sequence[Tensor], folder: str | os.PathLike[
         # torch 2.13 against itself.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         program = _program(module, names, weights, args)
-        packages = op_packages(program.graph_module)
-        if (code := package_code(packages)) is None:
-            raise ValueError(f"module: got ops of {', '.join(packages)}, expected those of packages of these names")
-        inputs = _inputs(names, program)
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
         try:
             # Inside of it: a temporary folder itself is closed to other users.
             complete = scratch / folder.name
             complete.mkdir()
-            _compile(program, module, complete / GRAPH)
-            # Which can narrow the sizes too.
-            _inputs(names, program)
-            save_file(weights, complete / WEIGHTS)
-            manifest = {
-                "format": FORMAT,
-                "module": type(module).__name__,
-                "configuration": plain(getattr(module, "config", None)),
-                "inputs": inputs,
-                "weights": {name: described(x) for name, x in weights.items()},
-                "torch": torch.__version__,
-                "machine": machine(args[0].device),
-                "ops": {"packages": packages, "code": code},
-                "graph_sha256": checksum(complete / GRAPH),
-            }
-            (complete / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-            for name in (GRAPH, WEIGHTS):
-                # Their writers close them to other users, whatever the umask says.
-                (complete / name).chmod((complete / MANIFEST).stat().st_mode)
+            _write(complete, module, names, weights, program, args[0].device)
             complete.rename(folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _write(
+    folder: Path,
+    module: nn.Module,
+    names: Sequence[str],
+    weights: dict[str, Tensor],
+    program: ExportedProgram,
+    device: torch.device,
+) -> None:
+    packages = op_packages(program.graph_module)
+    if (code := package_code(packages)) is None:
+        raise ValueError(f"module: got ops of {', '.join(packages)}, expected those of packages of these names")
+    inputs = _inputs(names, program)
+    _compile(program, module, folder / GRAPH)
+    # Which can narrow the sizes too.
+    _inputs(names, program)
+    save_file(weights, folder / WEIGHTS)
+    manifest = {
+        "format": FORMAT,
+        "module": type(module).__name__,
+        "configuration": plain(getattr(module, "config", None)),
+        "inputs": inputs,
+        "weights": {name: described(x) for name, x in weights.items()},
+        "torch": torch.__version__,
+        "machine": machine(device),
+        "ops": {"packages": packages, "code": code},
+        "graph_sha256": checksum(folder / GRAPH),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for name in (GRAPH, WEIGHTS):
+        # Their writers close them to other users, whatever the umask says.
+        (folder / name).chmod((folder / MANIFEST).stat().st_mode)
 
 
 def _check_arguments(module: nn.Module, args: Sequence[Tensor]) -> list[str]:

@@ -42,13 +42,14 @@ def check_plain(name: str, x: Any) -> None:
     """Whether generated code can read a tensor where it lies.
 
     Raises:
-        TypeError: no tensor; a sparse or nested one; one of a subclass that holds its values elsewhere, such as a
-            quantised, distributed or fake tensor.
+        TypeError: no tensor; a sparse or nested one; one that holds its values elsewhere, such as a quantised,
+            distributed or fake tensor, or one of a transform of torch.func.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor")
-    wrapper = getattr(type(x), "__torch_dispatch__", None) is not Tensor.__torch_dispatch__
-    if wrapper or x.layout != torch.strided or x.is_nested:
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise TypeError(f"{name}: got a tensor of a torch.func transform, expected a plain one: exports have no rules")
+    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ or x.layout != torch.strided or x.is_nested:
         raise TypeError(f"{name}: got a {type(x).__name__} of layout {x.layout}, expected a plain dense tensor")
 
 
