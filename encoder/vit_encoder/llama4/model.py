@@ -77,7 +77,7 @@ class EncoderLayer(nn.Module):
             cu_seqlens: [tiles + 1].
             rotation: tables [577, head_dim // 2].
         """
-        block = self._region if can_nest_regions() else self._block
+        block = self._region if can_nest_regions(self) else self._block
         return block(x, normed, cu_seqlens, rotation.cos, rotation.sin)
 
     def _block(self, x: Tensor, normed: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
