@@ -35,6 +35,7 @@ class LayerNorm(nn.LayerNorm):
     def eps(self, value: float) -> None:
         if value != 1e-5:
             raise ValueError(f"eps: got {value}, expected 1e-5, which Llama 4's norms have")
+        self.__dict__["eps"] = value  # which extra_repr reads
 
 
 class MLP(nn.Module):

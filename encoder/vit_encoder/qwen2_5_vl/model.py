@@ -35,6 +35,7 @@ class RMSNorm(nn.RMSNorm):
     def eps(self, value: float | None) -> None:
         if value not in (None, 1e-6):
             raise ValueError(f"eps: got {value}, expected 1e-6, which Qwen2.5-VL's norms have")
+        self.__dict__["eps"] = self.eps  # which extra_repr reads
 
 
 class MLP(nn.Module):
