@@ -221,8 +221,16 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "strided bias": ({"bias": torch.ones(12)[::2]}, ValueError, "bias: got strides (2,), expected a contiguous last"),
     "bias elsewhere": ({"bias": ONES.to("meta")}, ValueError, "bias: got device meta, expected cpu as x has"),
-    "eps of 0": ({"eps": 0.0}, ValueError, "eps: got 0.0, expected a positive number"),
-    "eps of nan": ({"eps": torch.nan}, ValueError, "eps: got nan, expected a positive number"),
+    "eps of 0": ({"eps": 0.0}, ValueError, "eps: got 0.0, expected a positive finite number"),
+    "eps of inf": ({"eps": torch.inf}, ValueError, "eps: got inf, expected a positive finite number"),
+    "eps of text": ({"eps": "x"}, TypeError, "eps: got str, expected a number"),
+    "half a weight": ({"weight": ONES.half(), "bias": ONES.half()}, TypeError, "weight: got torch.float16, expected"),
+    "bias unlike weight": (
+        {"x": X.half(), "bias": ONES.half()},
+        TypeError,
+        "bias: got torch.float16, expected torch.float32 as weight has",
+    ),
+    "eps of nan": ({"eps": torch.nan}, ValueError, "eps: got nan, expected a positive finite number"),
 }
 
 

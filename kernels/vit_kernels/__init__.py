@@ -1,7 +1,7 @@
 """Triton kernels for vision transformers, registered as custom ops `torch.ops.vit_kernels.*`."""
 
 import vit_kernels.varlen_attention_backward  # noqa: F401  (registers the op)
-from vit_kernels._dispatch import force_impl
+from vit_kernels._forced import force_impl
 from vit_kernels.layer_norm_pixel_shuffle import layer_norm_pixel_shuffle
 from vit_kernels.linear_gelu import linear_gelu
 from vit_kernels.pixel_shuffle import pixel_shuffle

@@ -24,17 +24,19 @@ def unshuffle(x: Tensor, height: int, width: int, factor: int) -> Tensor:
     return moved.view(x.shape[0], height * width, channels)
 
 
-def check_grid(x: Tensor, height: int, width: int, factor: int, impl: str) -> None:
-    """`x` is [tiles, height * width, channels] and the grid divides by factor."""
+def check_grid(
+    x: Tensor, height: int, width: int, factor: int, impl: str
+) -> tuple[int | torch.SymInt, int | torch.SymInt, int | torch.SymInt]:
+    """`x` is [tiles, height * width, channels] and the grid divides by factor; the grid in integers of Python."""
     _validation.check_tensor("x", x, 3, "[tiles, height * width, channels]")
     _validation.check_dtype("x", x, impl)
     _validation.check_last_dim_contiguous("x", x)
-    for name, value in (("height", height), ("width", width), ("factor", factor)):
-        if not isinstance(value, int | torch.SymInt):
-            raise TypeError(f"{name}: got {value!r}, expected an integer")
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected a positive integer")
+    height, width, factor = (
+        _validation.positive_integer(name, value)
+        for name, value in (("height", height), ("width", width), ("factor", factor))
+    )
     if height % factor or width % factor:
         raise ValueError(f"height, width: got {height} x {width}, expected multiples of factor {factor}")
     if x.shape[1] != height * width:
         raise ValueError(f"x: got {x.shape[1]} tokens a tile, expected height * width = {height * width}")
+    return height, width, factor

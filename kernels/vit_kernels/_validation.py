@@ -1,7 +1,11 @@
 """Argument checks shared by the public functions. Each names the argument, what came and what was expected."""
 
 import itertools
+import math
+import numbers
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -16,6 +20,10 @@ def check_tensor(name: str, x: torch.Tensor, rank: int, shape: str) -> None:
     """`x` is a tensor of `rank` dimensions; `shape` describes them in words."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor {shape}")
+    if x.is_nested or x.layout is not torch.strided:
+        raise TypeError(
+            f"{name}: got {'a nested tensor' if x.is_nested else x.layout}, expected a dense tensor {shape}"
+        )
     if x.dim() != rank:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {shape}")
 
@@ -28,8 +36,8 @@ def check_dtype(name: str, x: torch.Tensor, impl: str) -> None:
 
 
 def check_last_dim_contiguous(name: str, x: torch.Tensor) -> None:
-    """The kernels read the last dimension as one run."""
-    if x.stride(-1) != 1:
+    """The kernels read the last dimension as one run; a single element, or none, is one whatever the stride."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"{name}: got strides {x.stride()}, expected a contiguous last dimension")
 
 
@@ -47,14 +55,21 @@ def check_same_device(name: str, x: torch.Tensor, other_name: str, other: torch.
 
 
 def check_separate_memory(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    """What is written to `x` changes neither `other` nor another element of `x`; a compiler sees to that itself."""
-    if torch.compiler.is_compiling():
+    """What is written to `x` changes neither `other` nor another element of `x`.
+
+    A compiler decides anew which tensors share memory, and torch.func's have none: `separate` looks when the op runs.
+    """
+    if torch.compiler.is_compiling() or any(map(torch._C._functorch.is_functorch_wrapped_tensor, (x, other))):
         return
     if x.untyped_storage()._cdata == other.untyped_storage()._cdata:
         first, last = _extent(x)
         other_first, other_last = _extent(other)
         if first <= other_last and other_first <= last:
             raise ValueError(f"{name}: shares memory with {other_name}, expected a tensor of its own")
+    _check_no_overlap_within(name, x)
+
+
+def _check_no_overlap_within(name: str, x: torch.Tensor) -> None:
     room = 1
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
         if stride < room:
@@ -69,6 +84,38 @@ def _extent(x: torch.Tensor) -> tuple[int | torch.SymInt, int | torch.SymInt]:
     return first, first + sum(steps) if x.numel() else first - 1
 
 
+def separate(written: Mapping[int, str], *args: Any) -> list[Any]:
+    """The arguments of an op that writes to those at the places `written`, copies for those that lie in their memory.
+
+    Raises:
+        ValueError: a written tensor overlaps with itself, or with another one.
+    """
+    result = list(args)
+    for i, name in written.items():
+        if args[i] is None:
+            continue
+        _check_no_overlap_within(name, args[i])
+        first, end = _addresses(args[i])
+        for j, other in enumerate(args):
+            if j == i or not isinstance(other, torch.Tensor) or other.data_ptr() >= end:
+                continue
+            _, other_end = _addresses(other)
+            if first < other_end:
+                if j in written:
+                    raise ValueError(f"{name}: shares memory with {written[j]}, expected a tensor of its own")
+                result[j] = other.clone(memory_format=torch.contiguous_format)
+    return result
+
+
+def _addresses(x: torch.Tensor) -> tuple[int, int]:
+    """The first byte that a tensor reaches, and the one after its last."""
+    first = x.data_ptr()
+    if not x.numel():
+        return first, first
+    steps = [(size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return first, first + (sum(steps) + 1) * x.itemsize
+
+
 def check_sizes(condition: bool | torch.SymBool, expected: str, **sizes: int | torch.SymInt) -> None:
     """Sizes that may be symbolic satisfy `condition`.
 
@@ -78,6 +125,41 @@ def check_sizes(condition: bool | torch.SymBool, expected: str, **sizes: int | t
         torch._check_value(condition)
     elif not condition:
         raise ValueError(f"{expected}, got {', '.join(f'{name} {size}' for name, size in sizes.items())}")
+
+
+def integer(name: str, value: Any) -> int | torch.SymInt:
+    """`value`, of Python or numpy, as an integer of Python."""
+    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    # Dynamo has no repr of what is an array to it, as numbers of numpy are.
+    got = repr(value) if isinstance(value, bool | float | str) else type(value).__name__
+    raise TypeError(f"{name}: got {got}, expected an integer")
+
+
+def positive_integer(name: str, value: Any) -> int | torch.SymInt:
+    """`value` as `integer` takes it, above zero."""
+    value = integer(name, value)
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, expected a positive integer")
+    return value
+
+
+def positive_number(name: str, value: Any) -> float | torch.SymFloat:
+    """`value`, of Python or numpy, as a finite float of Python above zero."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: got {value}, expected a positive finite number")
+    return float(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """`value`, of Python or numpy, as a bool of Python."""
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a bool")
+    return bool(value)
 
 
 def check_cu_seqlens_contents(name: str, cu_seqlens: torch.Tensor, tokens: int) -> list[int]:

@@ -36,7 +36,9 @@ def layer_norm_pixel_shuffle(
         ValueError: a shape, stride, device, factor or eps that does not fit.
     """
     impl = _dispatch.choose("layer_norm_pixel_shuffle", x)
-    _validate(x, weight, bias, height, width, factor, eps, impl)
+    height, width, factor = _pixel_grid.check_grid(x, height, width, factor, impl)
+    eps = _validation.positive_number("eps", eps)
+    _validate(x, weight, bias)
     if impl == "eager":
         return eager(x, weight, bias, height, width, factor, eps)
     op = torch.ops.vit_kernels.layer_norm_pixel_shuffle.default
@@ -46,7 +48,9 @@ def layer_norm_pixel_shuffle(
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, factor: int, eps: float) -> Tensor:
     """The PyTorch body."""
-    return _pixel_grid.shuffle(F.layer_norm(x, x.shape[-1:], weight, bias, eps), height, width, factor)
+    # On CUDA the result under autocast would be float32.
+    normed = F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
+    return _pixel_grid.shuffle(normed, height, width, factor)
 
 
 def fake(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, factor: int, eps: float) -> Tensor:
@@ -60,18 +64,16 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, fa
     return launch(x, weight, bias, height, width, factor, eps)
 
 
-def _validate(
-    x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, factor: int, eps: float, impl: str
-) -> None:
-    _pixel_grid.check_grid(x, height, width, factor, impl)
+def _validate(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     for name, parameter in (("weight", weight), ("bias", bias)):
         _validation.check_tensor(name, parameter, 1, "[channels]")
-        _validation.check_like(name, parameter, "x", x)
+        _validation.check_same_device(name, parameter, "x", x)
+        if parameter.dtype != torch.float32 or x.dtype == torch.float64:
+            _validation.check_like(name, parameter, "x", x)
+        _validation.check_like(name, parameter, "weight", weight)
         _validation.check_last_dim_contiguous(name, parameter)
         if parameter.shape[0] != x.shape[2]:
             raise ValueError(f"{name}: got {parameter.shape[0]} channels, expected {x.shape[2]} as x has")
-    if not eps > 0:
-        raise ValueError(f"eps: got {eps}, expected a positive number")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -80,15 +82,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias = ctx.saved_tensors
+    saved, weight, bias = ctx.saved_tensors
+    x = saved.to(weight.dtype)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     grad = torch.ops.vit_kernels.pixel_shuffle_backward.default(grad, *ctx.grid, ctx.impl)
     channels = [x.shape[2]]
     _, mean, rstd = torch.native_layer_norm(x, channels, weight, bias, ctx.eps)
-    grads = torch.ops.aten.native_layer_norm_backward.default(
-        grad, x, channels, mean, rstd, weight, bias, ctx.needs_input_grad[:3]
+    grad_x, *grads = torch.ops.aten.native_layer_norm_backward.default(
+        grad.to(weight.dtype), x, channels, mean, rstd, weight, bias, ctx.needs_input_grad[:3]
     )
-    return *grads, None, None, None, None, None
+    return None if grad_x is None else grad_x.to(saved.dtype), *grads, None, None, None, None, None
 
 
 _dispatch.define(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vit_kernels import _dispatch, _validation
+from vit_kernels import _dispatch, _transforms, _validation
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -31,6 +31,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         TypeError: a dtype that the implementation does not take or that differs.
         ValueError: a shape, stride or device that does not fit.
     """
+    x, weight, bias = _transforms.cast_for_autocast(x, weight, bias)
     impl = _dispatch.choose("linear_gelu", x)
     _validate(x, weight, bias, impl)
     if impl == "eager":
@@ -77,7 +78,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
     grad = torch.ops.aten.gelu_backward.default(grad, F.linear(x, weight, bias))
-    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     return (
         grad @ weight if needs_x else None,
         grad.mT @ x if needs_weight else None,
@@ -92,4 +93,5 @@ _dispatch.define(
     bodies={"eager": eager, "triton": _launch},
     setup_context=_setup_context,
     backward=_backward,
+    autocast=("x", "weight", "bias"),
 )

@@ -32,7 +32,7 @@ def pixel_shuffle(x: Tensor, height: int, width: int, factor: int = 2) -> Tensor
         ValueError: a shape, stride or factor that does not fit.
     """
     impl = _dispatch.choose("pixel_shuffle", x)
-    _pixel_grid.check_grid(x, height, width, factor, impl)
+    height, width, factor = _pixel_grid.check_grid(x, height, width, factor, impl)
     if impl == "eager":
         return _pixel_grid.shuffle(x, height, width, factor)
     return torch.ops.vit_kernels.pixel_shuffle.default(x, height, width, factor, impl)

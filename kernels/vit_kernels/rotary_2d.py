@@ -34,6 +34,7 @@ def rotary_2d(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bo
     """
     impl = _dispatch.choose("rotary_2d", q)
     _validate(q, k, cos, sin, impl)
+    interleaved = _validation.boolean("interleaved", interleaved)
     if impl == "eager":
         return eager(q, k, cos, sin, interleaved)
     return torch.ops.vit_kernels.rotary_2d.default(q, k, cos, sin, interleaved, impl)
@@ -45,10 +46,8 @@ def eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> 
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    compute_dtype = torch.promote_types(x.dtype, torch.float32)
-    tiles = x.unflatten(0, (-1, cos.shape[0])).to(compute_dtype)  # [tiles, positions, heads, head_dim]
-    cos, sin = cos[:, None].to(compute_dtype), sin[:, None].to(compute_dtype)
-    a, b = (tiles[..., 0::2], tiles[..., 1::2]) if interleaved else tiles.chunk(2, dim=-1)
+    a, b = _pairs(x, cos, interleaved)
+    cos, sin = cos[:, None].to(a.dtype), sin[:, None].to(a.dtype)
     rotated = (a * cos - b * sin, a * sin + b * cos)
     out = torch.stack(rotated, dim=-1).flatten(-2) if interleaved else torch.cat(rotated, dim=-1)
     return out.flatten(0, 1).to(x.dtype)
@@ -93,20 +92,42 @@ def _validate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: str) -> None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, cos, sin, ctx.interleaved, ctx.impl = inputs
-    ctx.save_for_backward(cos, sin)
+    q, k, cos, sin, ctx.interleaved, ctx.impl = inputs
+    # Only gradients of the tables need q and k.
+    learned = cos.requires_grad or sin.requires_grad
+    ctx.save_for_backward(cos, sin, *((q, k) if learned else ()))
 
 
-def _backward_through(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The backward that calls the op `name` on the gradients."""
+def _backward_through(name: str, inverse: bool) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward that calls the op `name` on the gradients; `inverse` is whether the forward turned back."""
 
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin, *inputs = ctx.saved_tensors
         # The kernel reads the last dimension as one run; autograd's gradients may be expanded.
         grads = [grad if grad.stride(-1) == 1 else grad.contiguous() for grad in (grad_q, grad_k)]
         op = getattr(torch.ops.vit_kernels, name).default
-        return *op(*grads, *ctx.saved_tensors, ctx.interleaved, ctx.impl), None, None, None, None
+        turned = op(*grads, cos, sin, ctx.interleaved, ctx.impl)
+        if not inputs:
+            return *turned, None, None, None, None
+        of_q, of_k = (_table_gradients(g, x, cos, ctx.interleaved) for g, x in zip(grads, inputs, strict=True))
+        grad_cos, grad_sin = (a + b for a, b in zip(of_q, of_k, strict=True))
+        return *turned, grad_cos, -grad_sin if inverse else grad_sin, None, None
 
     return backward
+
+
+def _table_gradients(grad: Tensor, x: Tensor, cos: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of cos and sin from that of `x` turned: sums over the tiles and the heads."""
+    grad_a, grad_b = _pairs(grad, cos, interleaved)
+    a, b = _pairs(x, cos, interleaved)
+    return (grad_a * a + grad_b * b).sum((0, 2)), (grad_b * a - grad_a * b).sum((0, 2))
+
+
+def _pairs(x: Tensor, cos: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Both members of the pairs of `x`, [tiles, positions, heads, head_dim // 2] each, in the computation's dtype."""
+    tiles = x.unflatten(0, (-1, cos.shape[0])).to(torch.promote_types(x.dtype, torch.float32))
+    a, b = (tiles[..., 0::2], tiles[..., 1::2]) if interleaved else tiles.chunk(2, dim=-1)
+    return a, b
 
 
 _dispatch.define(
@@ -114,7 +135,7 @@ _dispatch.define(
     fake=fake,
     bodies={"eager": eager, "triton": _launch},
     setup_context=_setup_context,
-    backward=_backward_through("rotary_2d_backward"),
+    backward=_backward_through("rotary_2d_backward", inverse=False),
 )
 _dispatch.define(
     "rotary_2d_backward(Tensor grad_q, Tensor grad_k, Tensor cos, Tensor sin, bool interleaved, str? impl)"
@@ -122,5 +143,5 @@ _dispatch.define(
     fake=fake,
     bodies={"eager": eager_backward, "triton": _launch_backward},
     setup_context=_setup_context,
-    backward=_backward_through("rotary_2d"),
+    backward=_backward_through("rotary_2d", inverse=True),
 )

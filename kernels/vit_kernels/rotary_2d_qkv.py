@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vit_kernels import _dispatch, _rotary_tables, _validation
+from vit_kernels import _dispatch, _rotary_tables, _transforms, _validation
 
 
 def rotary_2d_qkv_(
@@ -38,10 +38,10 @@ def rotary_2d_qkv_(
     """
     impl = _dispatch.choose("rotary_2d_qkv_", qkv)
     _validation.check_tensor("qkv", qkv, 3, "[tokens, heads + 2 * kv_heads, head_dim]")
-    if kv_heads is None:
-        kv_heads = _a_third_of(qkv.shape[1])
+    kv_heads = _a_third_of(qkv.shape[1]) if kv_heads is None else _validation.integer("kv_heads", kv_heads)
+    interleaved = _validation.boolean("interleaved", interleaved)
     _validate(qkv, cos, sin, kv_heads, impl)
-    _dispatch.refuse_gradients("rotary_2d_qkv_", qkv=qkv, cos=cos, sin=sin)
+    _transforms.refuse_gradients("rotary_2d_qkv_", qkv=qkv, cos=cos, sin=sin)
     torch.ops.vit_kernels.rotary_2d_qkv_.default(qkv, cos, sin, kv_heads, interleaved, impl)
     return qkv
 
@@ -73,8 +73,6 @@ def _a_third_of(heads: int) -> int:
 def _validate(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, impl: str) -> None:
     _validation.check_dtype("qkv", qkv, impl)
     _validation.check_last_dim_contiguous("qkv", qkv)
-    if not isinstance(kv_heads, int):
-        raise TypeError(f"kv_heads: got {kv_heads!r}, expected an integer")
     if kv_heads < 1 or qkv.shape[1] <= 2 * kv_heads:
         raise ValueError(f"kv_heads: got {kv_heads}, expected a positive number below half of {qkv.shape[1]} heads")
     _rotary_tables.check_tables("qkv", qkv, cos, sin)

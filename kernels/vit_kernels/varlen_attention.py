@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vit_kernels import _dispatch, _flash_attn, _sequences, _validation
+from vit_kernels import _dispatch, _flash_attn, _sequences, _transforms, _validation
 
 
 @overload
@@ -82,12 +82,14 @@ def varlen_attention(
         ValueError: shapes, strides, devices, scale or boundaries that do not fit; `out` under gradients.
         NotImplementedError: the gradient is differentiated.
     """
+    q, k, v = _transforms.cast_for_autocast(q, k, v)
+    return_lse = _validation.boolean("return_lse", return_lse)
     needs_lse = return_lse or (out is None and _needs_gradients(q, k, v))
     impl = _dispatch.choose("varlen_attention", q, tuple(BODIES_WITH_LSE if needs_lse else BODIES))
-    _validate(q, k, v, cu_seqlens, cu_seqlens_k, scale, impl)
-    scale = q.shape[2] ** -0.5 if scale is None else scale
+    _validate(q, k, v, cu_seqlens, cu_seqlens_k, impl)
+    scale = q.shape[2] ** -0.5 if scale is None else _validation.positive_number("scale", scale)
     if out is not None:
-        _dispatch.refuse_gradients("varlen_attention", q=q, k=k, v=v, out=out)
+        _transforms.refuse_gradients("varlen_attention", q=q, k=k, v=v, out=out)
         _validate_out(out, q, k, v)
         lse = _empty_lse(q) if return_lse else None
         torch.ops.vit_kernels.varlen_attention_out.default(q, k, v, cu_seqlens, cu_seqlens_k, scale, out, lse, impl)
@@ -217,9 +219,7 @@ def _eager_out(
         lse.copy_(new_lse)
 
 
-def _validate(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float | None, impl: str
-) -> None:
+def _validate(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, impl: str) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _validation.check_tensor(name, x, 3, "[total_tokens, heads, head_dim]")
         _validation.check_dtype(name, x, impl)
@@ -227,8 +227,11 @@ def _validate(
     _validation.check_like("k", k, "q", q)
     _validation.check_like("v", v, "q", q)
     heads, head_dim = q.shape[1:]
-    if head_dim % 8 or not 16 <= head_dim <= 256:
-        raise ValueError(f"q: got head_dim {head_dim}, expected a multiple of 8 in 16..256")
+    smallest = 8 if impl == "eager" else 16
+    if head_dim % 8 or not smallest <= head_dim <= 256:
+        raise ValueError(
+            f"q: got head_dim {head_dim} for implementation {impl!r}, expected a multiple of 8 in {smallest}..256"
+        )
     if k.shape[2] != head_dim or heads < 1 or k.shape[1] < 1 or heads % k.shape[1]:
         raise ValueError(f"k: got shape {tuple(k.shape)}, expected head_dim {head_dim} and a divisor of {heads} heads")
     if v.shape[1:] != k.shape[1:]:
@@ -250,10 +253,6 @@ def _validate(
             cu_seqlens_k=cu_seqlens_k.shape[0],
             cu_seqlens=cu_seqlens.shape[0],
         )
-    if not isinstance(scale, int | float | torch.SymFloat | None):
-        raise TypeError(f"scale: got {type(scale).__name__}, expected a number")
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale: got {scale}, expected a positive finite number")
 
 
 def _validate_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
@@ -300,11 +299,12 @@ def _setup_context_with_lse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
 
 
 def _backward_with_lse(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    out = ctx.saved_tensors[3]
+    # Read once: checkpointing frees a saved tensor when it is read.
+    saved = ctx.saved_tensors
     grads = torch.ops.vit_kernels.varlen_attention_backward.default(
-        torch.zeros_like(out) if grad is None else grad.contiguous(),
+        torch.zeros_like(saved[3]) if grad is None else grad.contiguous(),
         None if grad_lse is None else grad_lse.contiguous(),
-        *ctx.saved_tensors,
+        *saved,
         ctx.scale,
         ctx.impl,
     )
@@ -323,6 +323,7 @@ _dispatch.define(
     bodies=BODIES,
     setup_context=_setup_context,
     backward=_backward,
+    autocast=("q", "k", "v"),
 )
 _dispatch.define(
     "varlen_attention_with_lse(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k, float scale,"
@@ -331,9 +332,11 @@ _dispatch.define(
     bodies=BODIES_WITH_LSE,
     setup_context=_setup_context_with_lse,
     backward=_backward_with_lse,
+    autocast=("q", "k", "v"),
 )
 _dispatch.define(
     "varlen_attention_out(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k, float scale,"
     " Tensor(a!) out, Tensor(b!)? lse, str? impl) -> ()",
     bodies={"eager": _eager_out, "triton": _launch_out},
+    autocast=("q", "k", "v"),
 )
