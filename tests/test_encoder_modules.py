@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import io
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,11 +23,12 @@ from torch.distributed.fsdp import (
     ShardingStrategy,
     fully_shard,
 )
+from torch.utils.checkpoint import checkpoint
 from vit_encoder import CompilationConfig, Llama4VisionConfig, Llama4VisionModel, whole_graph
 from vit_encoder.initialise import initialise_
 from vit_encoder.qwen2_5_vl import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel, reference_forward, vision_metadata
 
-from tests.qwen2_5_vl_batches import patches
+from tests.qwen2_5_vl_batches import patches, relative_error
 
 GRID = torch.tensor([[1, 8, 12], [2, 4, 4]])
 COMPILED = CompilationConfig(compile_mm_encoder=True, backend="aot_eager")
@@ -188,6 +190,34 @@ def test_a_layer_runs_on_its_own_parameters_alone(make: Make) -> None:
         layer.register_forward_pre_hook(lambda layer, _, index=index: bring(index, layer))  # type: ignore[misc]
         layer.register_forward_hook(lambda layer, *_: layer.to("meta") and None)
     assert torch.equal(model(*arguments), expected)
+
+
+# Checkpointed
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+@ENCODERS
+# Dynamo looks at the gradient of whatever comes into a graph.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
+def test_layers_are_checkpointed_one_by_one(make: Make, compiled: bool, use_reentrant: bool) -> None:
+    model = make().train()
+    pixel_values, *rest = batch(model)
+    twin, plain = copy.deepcopy(model).double(), copy.deepcopy(model)
+    for layer in layers_of(model):
+        forward = torch.compile(layer.forward, backend="aot_eager") if compiled else layer.forward
+        layer.forward = partial(checkpoint, forward, use_reentrant=use_reentrant)  # type: ignore[assignment]
+    for encoder in (model, twin, plain):
+        pixels = pixel_values.to(next(encoder.parameters()).dtype)
+        encoder(pixels, *rest).square().sum().backward()
+    for (name, got), expected, exact in zip(
+        model.named_parameters(), plain.parameters(), twin.parameters(), strict=True
+    ):
+        assert got.grad is not None, name
+        assert expected.grad is not None, name
+        assert exact.grad is not None, name
+        assert relative_error(got.grad, exact.grad) <= 2 * relative_error(expected.grad, exact.grad), name
 
 
 # Wrapped and quantised
