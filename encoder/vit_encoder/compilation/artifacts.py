@@ -59,7 +59,7 @@ def artifacts(graph: GraphModule, config: CompilationConfig, tag: str) -> Iterat
         # Otherwise the backward is compiled at its first call, too late for the archive.
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
         # The variables are the whole process's.
-        compilation_lock,
+        compilation_lock(),
     ):
         folder = _folder(path)
         if folder is None:

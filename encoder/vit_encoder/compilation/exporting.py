@@ -37,7 +37,7 @@ from vit_encoder.compilation.manifest import (
     machine,
     plain,
 )
-from vit_encoder.compilation.workarounds import compilation_lock, workarounds
+from vit_encoder.compilation.workarounds import workarounds
 
 
 @torch.no_grad()
@@ -238,7 +238,7 @@ def _traced(
 def _compile(program: ExportedProgram, module: nn.Module, path: Path) -> None:
     config = getattr(module, "compilation_config", None) or CompilationConfig()
     # Not around the tracing, which waits for Dynamo's lock: who compiles takes that one first.
-    with compilation_lock, workarounds():
+    with workarounds():
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=config.options())
 
 
