@@ -36,10 +36,9 @@ def check_positive_int(name: str, value: object) -> int:
     """The number as Python's own; raises TypeError for what is no integer, ValueError for one below 1."""
     if not is_integer(value):
         raise TypeError(f"{name}: expected an int, got {value!r} of type {type(value).__name__}")
-    number = int(value)  # type: ignore[call-overload]
-    if number < 1:
+    if value < 1:
         raise ValueError(f"{name}: expected an int of at least 1, got {value}")
-    return number
+    return int(value)
 
 
 @dataclass(frozen=True, kw_only=True)
