@@ -93,8 +93,8 @@ def processor_sections(source: HfConfig) -> tuple[Section | None, Section | None
     `video_processor` of the first, then video_preprocessor_config.json, then preprocessor_config.json.
 
     Args:
-        source: the folder of a checkpoint; or the path of one of these files, a mapping or a processor: of images,
-            which then counts for videos too, of videos, or of both.
+        source: the folder of a checkpoint, or its config.json; or the path of one of these files, a mapping or a
+            processor: of images, which then counts for videos too, of videos, or of both.
 
     Raises:
         OSError: a path that cannot be read, or a folder that is no checkpoint's.
@@ -104,6 +104,7 @@ def processor_sections(source: HfConfig) -> tuple[Section | None, Section | None
     if not isinstance(source, str | os.PathLike):
         return _sections(Section("the processor", as_mapping("processor", source)))
     path = local_path(source)
+    path = path.parent if path.name == CONFIG_FILE else path
     if not path.is_dir():
         return _sections(Section(str(path), read_json_object(path)))
     files = {name: _read(path / name) for name in (PROCESSOR_FILE, IMAGE_FILE, VIDEO_FILE)}
