@@ -114,6 +114,9 @@ class TestWhereSettingsAreFound:
         assert int(grid.prod()) // QWEN.merge_unit == 2691
 
     def test_llama_4_s_published_file_has_the_defaults(self, tmp_path: Path) -> None:
+        said = PUBLISHED_LLAMA4 | {"max_patches": 5}
+        for path in (checkpoint(tmp_path, preprocessor_config=said), tmp_path / "config.json"):
+            assert Llama4ImageSettings.from_hf(path) == Llama4ImageSettings(max_tiles=5)
         folder = checkpoint(tmp_path, preprocessor_config=PUBLISHED_LLAMA4)
         for source in (folder, str(folder), folder / IMAGE, PUBLISHED_LLAMA4, {"image_processor": PUBLISHED_LLAMA4}):
             assert Llama4ImageSettings.from_hf(source) == Llama4ImageSettings()

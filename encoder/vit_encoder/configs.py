@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 CONFIG_FILE = "config.json"
 _LFS_POINTER = b"version https://git-lfs"
@@ -121,13 +121,16 @@ def as_mapping(name: str, config: object) -> Mapping[str, Any]:
     return config
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     """Whether it is an integer, numpy's included, and no truth value."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_positive(name: str, value: Any, *, whole: bool) -> int | float:
-    """The number as Python's own; raises TypeError for what is none (`whole`: no integer), ValueError below 0."""
+    """The number as Python's own.
+
+    Raises TypeError for what is no number (`whole`: no integer) and ValueError for one that is not positive or finite.
+    """
     expected = "a positive integer" if whole else "a positive finite number"
     if not is_integer(value) and (whole or isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")

@@ -36,10 +36,9 @@ def check_positive_int(name: str, value: object) -> int:
     """The number as Python's own; raises TypeError for what is no integer, ValueError for one below 1."""
     if not is_integer(value):
         raise TypeError(f"{name}: expected an int, got {value!r} of type {type(value).__name__}")
-    number = int(value)  # type: ignore[call-overload]
-    if number < 1:
+    if value < 1:
         raise ValueError(f"{name}: expected an int of at least 1, got {value}")
-    return number
+    return int(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +93,8 @@ def processor_sections(source: HfConfig) -> tuple[Section | None, Section | None
     `video_processor` of the first, then video_preprocessor_config.json, then preprocessor_config.json.
 
     Args:
-        source: the folder of a checkpoint; or the path of one of these files, a mapping or a processor: of images,
-            which then counts for videos too, of videos, or of both.
+        source: the folder of a checkpoint, or its config.json; or the path of one of these files, a mapping or a
+            processor: of images, which then counts for videos too, of videos, or of both.
 
     Raises:
         OSError: a path that cannot be read, or a folder that is no checkpoint's.
@@ -105,6 +104,7 @@ def processor_sections(source: HfConfig) -> tuple[Section | None, Section | None
     if not isinstance(source, str | os.PathLike):
         return _sections(Section("the processor", as_mapping("processor", source)))
     path = local_path(source)
+    path = path.parent if path.name == CONFIG_FILE else path
     if not path.is_dir():
         return _sections(Section(str(path), read_json_object(path)))
     files = {name: _read(path / name) for name in (PROCESSOR_FILE, IMAGE_FILE, VIDEO_FILE)}
