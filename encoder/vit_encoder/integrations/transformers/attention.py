@@ -82,7 +82,9 @@ def varlen_attention_forward(
     else:
         boundaries = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
         sequences = Sequences(boundaries * tokens, boundaries * tokens_k)
-    q, k, v = (_rows(x, index) for x, index in ((query, sequences.queries), (key, sequences.keys), (value, sequences.keys)))
+    q, k, v = (
+        _rows(x, index) for x, index in ((query, sequences.queries), (key, sequences.keys), (value, sequences.keys))
+    )
     out = varlen_attention(q, k, v, sequences.cu_seqlens, cu_seqlens_k=sequences.cu_seqlens_k, scale=scaling)
     if sequences.places is not None:
         out = out.index_select(0, sequences.places)
