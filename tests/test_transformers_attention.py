@@ -1,5 +1,6 @@
 """`attn_implementation="vit_varlen"` in transformers' vision encoders, and the masks it reads."""
 
+import contextlib
 import copy
 import math
 import re
@@ -247,6 +248,34 @@ def test_the_boundaries_that_flash_attention_would_get_are_used() -> None:
     mask = torch.block_diag(torch.ones(2, 2), torch.ones(3, 3)).bool()[None, None]
     torch.testing.assert_close(packed, attend(mask)[0])
     assert not torch.allclose(packed, attend(None)[0])
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("last", [3, 50])
+def test_the_boundaries_of_other_tokens_are_refused(last: int) -> None:
+    own, others = (torch.tensor([0, 2, end], dtype=torch.int32) for end in (5, last))
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q: expected the boundaries of the 5 tokens of this call, got"):
+        attend(None, cu_seq_lens_q=others, cu_seq_lens_k=others)
+    with pytest.raises(ValueError, match=r"cu_seq_lens_k: expected"):
+        attend(None, cu_seq_lens_q=own, cu_seq_lens_k=others)
+    # Where nothing may wait for the device.
+    compiled = torch.compile(varlen_attention_forward, backend="eager", fullgraph=True)
+    q, k, v = torch.zeros(3, 1, 2, 5, 16)
+    for boundaries in (own, others):
+        options = {"is_causal": False, "cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
+        with contextlib.nullcontext() if boundaries is own else pytest.raises(RuntimeError, match="cu_seq_lens_q: exp"):
+            compiled(nn.Module(), q, k, v, None, **options)
+
+
+def test_heads_of_eight_channels_run() -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14
+    )
+    model, inputs = initialised(CLIPVisionModel(config)), {"pixel_values": pixels(2, 3, 28, 28)}
+    ours, theirs = (features(model, inputs, name, torch.float64) for name in ("vit_varlen", "sdpa"))
+    torch.testing.assert_close(ours, theirs)
 
 
 @st.composite

@@ -114,6 +114,21 @@ def test_the_features_are_the_same_until_reverted(model: Any, bare: bool, monkey
         revert_llama4(target)
 
 
+def test_heads_of_eight_channels_run() -> None:
+    from transformers import Llama4VisionConfig
+    from transformers.models.llama4 import Llama4VisionModel
+
+    config = Llama4VisionConfig(
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=1, intermediate_size=128, image_size=56,
+        patch_size=14, projector_input_dim=64, projector_output_dim=64, vision_output_dim=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    vision = Llama4VisionModel(config).eval()
+    expected = features(vision)
+    apply_to_llama4(vision)
+    torch.testing.assert_close(features(vision), expected)
+
+
 def test_both_ways_to_return_are_kept(model: Any) -> None:
     apply_to_llama4(model)
     with torch.no_grad():
