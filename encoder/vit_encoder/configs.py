@@ -80,6 +80,6 @@ def check_head_dim(heads_name: str, hidden_size: int, heads: int) -> None:
     head_dim = hidden_size // heads
     if head_dim % 8 or not 8 <= head_dim <= 256:
         raise ValueError(
-            f"hidden_size / {heads_name} must be a multiple of 8 in 8..256 (what attention takes, its kernel from 16 on), "
+            f"hidden_size / {heads_name} must be a multiple of 8 in 8..256 (attention's range, its kernel's from 16), "
             f"got {hidden_size} / {heads} = {head_dim}"
         )

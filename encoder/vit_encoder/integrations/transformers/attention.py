@@ -62,8 +62,8 @@ def varlen_attention_forward(
         dropout: 0.
         scaling: as `varlen_attention`'s scale.
         is_causal: False.
-        **kwargs: `cu_seq_lens_q` and `cu_seq_lens_k`, int32, are used where there is no mask, and end with the number of
-            tokens; others as below.
+        **kwargs: `cu_seq_lens_q` and `cu_seq_lens_k`, int32, are used where there is no mask; they end with the number
+            of tokens. Others as below.
 
     Returns:
         [batch, tokens, heads, head_dim], and None for the weights.
