@@ -3,10 +3,19 @@
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from vit_kernels import force_impl, pixel_shuffle, rotary_2d, varlen_attention
+from vit_kernels import (
+    force_impl,
+    layer_norm_pixel_shuffle,
+    linear_gelu,
+    pixel_shuffle,
+    rotary_2d,
+    rotary_2d_qkv_,
+    varlen_attention,
+)
 
 from tests.support import IMPLEMENTATIONS
 
@@ -14,6 +23,8 @@ X = torch.zeros(2, 24, 6)
 Q = torch.zeros(12, 4, 16)
 TABLE = torch.ones(6, 8)
 CU_SEQLENS = torch.tensor([0, 5, 12], dtype=torch.int32)
+
+NESTED = torch.nested.nested_tensor([torch.zeros(5, 4, 16), torch.zeros(7, 4, 16)], layout=torch.jagged)
 
 Mistake = tuple[dict[str, Any], type[Exception], str]
 
@@ -35,6 +46,10 @@ PIXEL_SHUFFLE: dict[str, Mistake] = {
     "negative": ({"height": -4, "width": -6}, ValueError, "height: got -4, expected a positive integer"),
     "float": ({"height": 4.0}, TypeError, "height: got 4.0, expected an integer"),
     "text": ({"width": "6"}, TypeError, "width: got '6', expected an integer"),
+    "bool": ({"factor": True}, TypeError, "factor: got True, expected an integer"),
+    "tensor": ({"height": torch.tensor(4)}, TypeError, "height: got Tensor, expected an integer"),
+    "nested": ({"x": NESTED}, TypeError, "x: got a nested tensor, expected a dense tensor [tiles,"),
+    "sparse": ({"x": X.to_sparse()}, TypeError, "x: got torch.sparse_coo, expected a dense tensor [tiles,"),
     "other grid": ({"height": 6}, ValueError, "x: got 24 tokens a tile, expected height * width = 36"),
     "class token": ({"x": torch.zeros(2, 25, 6)}, ValueError, "x: got 25 tokens a tile, expected height * width = 24"),
 }
@@ -57,6 +72,8 @@ ROTARY_2D: dict[str, Mistake] = {
         ValueError,
         "q: got head_dim 0, expected a positive even number",
     ),
+    "nested": ({"q": NESTED}, TypeError, "q: got a nested tensor, expected a dense tensor [tokens,"),
+    "interleaved": ({"interleaved": "no"}, TypeError, "interleaved: got str, expected a bool"),
     "channels apart": ({"k": Q.mT}, ValueError, "k: got strides (64, 1, 16), expected a contiguous last dimension"),
     "tables of rank 3": ({"cos": TABLE[None]}, ValueError, "cos: got shape (1, 6, 8), expected [positions, head_dim"),
     "tables of a list": ({"sin": [1.0]}, TypeError, "sin: got list, expected a tensor [positions, head_dim // 2]"),
@@ -138,6 +155,9 @@ VARLEN_ATTENTION: dict[str, Mistake] = {
     "scale nan": ({"scale": float("nan")}, ValueError, "scale: got nan, expected a positive finite number"),
     "scale inf": ({"scale": float("inf")}, ValueError, "scale: got inf, expected a positive finite number"),
     "scale of text": ({"scale": "1"}, TypeError, "scale: got str, expected a number"),
+    "scale of a bool": ({"scale": True}, TypeError, "scale: got bool, expected a number"),
+    "lse": ({"return_lse": "yes"}, TypeError, "return_lse: got str, expected a bool"),
+    "nested": ({"k": NESTED}, TypeError, "k: got a nested tensor, expected a dense tensor [total_tokens,"),
     "scale of a tensor": ({"scale": torch.tensor(1.0)}, TypeError, "scale: got Tensor, expected a number"),
     "number of boundaries": (
         {"cu_seqlens_k": int32(0, 12)},
@@ -227,3 +247,50 @@ def test_compiled_code_of_any_size_checks_sizes_when_it_runs() -> None:
         q = torch.zeros(tokens, 4, 16)
         torch._dynamo.decorators.mark_unbacked(q, 0)
         assert raised_by(compiled, {"q": q}) != is_right
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_numbers_of_numpy_are_numbers(implementation: str) -> None:
+    ones, qkv = torch.ones(6), torch.ones(12, 6, 16)
+    with force_impl(implementation):
+        grid = np.int64(4), np.int32(6), np.int8(2)
+        assert torch.equal(pixel_shuffle(X, *grid), pixel_shuffle(X, 4, 6, 2))
+        for eps in (np.float32(1), np.float64(1), np.int64(1), 1):
+            actual = layer_norm_pixel_shuffle(X + 1, ones, ones, *grid, eps)
+            assert torch.equal(actual, layer_norm_pixel_shuffle(X + 1, ones, ones, 4, 6, 2, 1.0))
+        for scale in (np.float16(0.5), np.float32(0.5)):
+            out, _ = varlen_attention(Q + 1, Q, Q, CU_SEQLENS, scale=scale, return_lse=np.bool_(True))
+            assert torch.equal(out, varlen_attention(Q + 1, Q, Q, CU_SEQLENS, scale=0.5))
+        tables = TABLE, TABLE
+        halves = rotary_2d(Q + 1, Q, *tables, interleaved=np.bool_(False))[0]
+        assert torch.equal(halves, rotary_2d(Q + 1, Q, *tables, interleaved=False)[0])
+        rotated = rotary_2d_qkv_(qkv.clone(), *tables, kv_heads=np.int64(2))
+        assert torch.equal(rotated, rotary_2d_qkv_(qkv.clone(), *tables))
+
+
+def with_odd_stride(*shape: int) -> Tensor:
+    """A last dimension of one element, whose stride nothing can depend on."""
+    x = torch.randn(*shape, 1)
+    return x.as_strided(x.shape, (*x.stride()[:-1], 7))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_stride_of_a_single_element_does_not_matter(implementation: str) -> None:
+    x, one = with_odd_stride(2, 24), with_odd_stride()
+    rows, weight = with_odd_stride(4), with_odd_stride(5)
+    nothing = torch.zeros(3, dtype=torch.int32)[::3]
+    with force_impl(implementation):
+        assert torch.equal(pixel_shuffle(x, 4, 6), pixel_shuffle(x.clone(memory_format=torch.contiguous_format), 4, 6))
+        assert torch.equal(layer_norm_pixel_shuffle(x, one, one, 4, 6).unique(), one)
+        torch.testing.assert_close(
+            linear_gelu(rows, weight, torch.zeros(5)), torch.nn.functional.gelu(rows * weight.mT), rtol=1e-5, atol=1e-6
+        )
+        assert not varlen_attention(Q, Q, Q, nothing).any()
+
+
+def test_head_dim_8_is_for_the_eager_body_only() -> None:
+    q, k, v = torch.randn(3, 12, 2, 8).unbind()
+    expected = varlen_attention(*(x.double() for x in (q, k, v)), CU_SEQLENS)
+    torch.testing.assert_close(varlen_attention(q, k, v, CU_SEQLENS).double(), expected, rtol=1e-5, atol=1e-5)
+    with force_impl("triton"), pytest.raises(ValueError, match=r"^q: got head_dim 8 .*'triton'.* 8 in 16\.\.256"):
+        varlen_attention(q, k, v, CU_SEQLENS)

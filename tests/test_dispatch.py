@@ -1,11 +1,12 @@
-"""force_impl decides which body of an op runs: for one thread, while it lasts, and in compiled code too."""
+"""force_impl decides which body of an op runs: for one thread or task, while it lasts, and in compiled code too."""
 
+import asyncio
 import contextlib
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -104,6 +105,119 @@ def test_another_thread_does_not_see_it() -> None:
         force_impl("triton").__enter__()
 
     result_in_a_thread(force_and_leave)
+    assert chosen() == "eager"
+
+
+def results_of_two_tasks(call: Callable[[], object]) -> dict[str, list[object]]:
+    """What two tasks see that take turns, one inside of force_impl("triton") and the other not."""
+    results: dict[str, list[object]] = {"forced": [], "free": []}
+
+    async def forced(turn: Callable[[], Awaitable[None]]) -> None:
+        with force_impl("triton"):
+            for _ in range(3):
+                results["forced"].append(call())
+                await turn()
+
+    async def free(turn: Callable[[], Awaitable[None]]) -> None:
+        for _ in range(5):
+            results["free"].append(call())
+            await turn()
+
+    async def both() -> None:
+        turn = lambda: asyncio.sleep(0)  # noqa: E731
+        await asyncio.gather(forced(turn), free(turn))
+
+    asyncio.run(both())
+    return results
+
+
+def test_another_task_does_not_see_it() -> None:
+    assert results_of_two_tasks(chosen) == {"forced": ["triton"] * 3, "free": ["eager"] * 5}
+    assert chosen() == "eager"
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiled_code_of_another_task_does_not_see_it() -> None:
+    recorder = EagerAndRecordGraphs()
+    compiled = torch.compile(lambda x: (call_pixel_shuffle(x), x + 1)[0], backend=recorder, fullgraph=True)
+
+    def call() -> bool:
+        # Only the kernel needs the corrected interpreter.
+        try:
+            compiled(tiles(torch.bfloat16))
+        except RuntimeError:
+            return True
+        return False
+
+    assert results_of_two_tasks(call) == {"forced": [True] * 3, "free": [False] * 5}
+    assert len(recorder.graphs) == 2
+
+
+def test_a_task_starts_with_the_choice_of_its_creator() -> None:
+    async def child() -> str:
+        before = chosen()
+        with force_impl("eager"):
+            await asyncio.sleep(0)
+        return before
+
+    async def parent() -> None:
+        with force_impl("triton"):
+            task = asyncio.ensure_future(child())
+            assert await task == chosen() == "triton"
+        assert chosen() == "eager"
+
+    asyncio.run(parent())
+
+
+def test_two_that_are_left_in_the_order_they_were_entered() -> None:
+    first, second = force_impl("triton"), force_impl("eager")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert chosen() == "eager"
+    second.__exit__(None, None, None)
+    with force_impl("triton"):
+        assert chosen() == "triton"
+    assert chosen() == "eager"
+
+
+def test_leaving_it_in_another_task_or_thread_is_an_error() -> None:
+    def inside() -> Iterator[None]:
+        with force_impl("triton"):
+            yield
+
+    generator = inside()
+
+    async def advance() -> None:
+        next(generator, None)
+
+    async def both() -> None:
+        await asyncio.create_task(advance())
+        assert chosen() == "eager"
+        with pytest.raises(RuntimeError, match=r"^force_impl: left in another thread or task"):
+            await asyncio.create_task(advance())
+        assert chosen() == "eager"
+
+    asyncio.run(both())
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("around", [None, "eager", "triton"])
+def test_forcing_inside_one_whole_graph(around: str | None) -> None:
+    recorder = EagerAndRecordGraphs()
+
+    @torch.compile(backend=recorder, fullgraph=True)
+    def three(x: Tensor) -> tuple[Tensor, ...]:
+        before = call_varlen_attention(x)
+        with force_impl("triton"), force_impl("eager"):
+            inner = call_varlen_attention(x)
+        with force_impl("triton"):
+            return before, inner, call_varlen_attention(x)
+
+    with corrected_interpreter(), force_impl(around) if around else contextlib.nullcontext():
+        three(tiles())
+        assert chosen() == (around or "eager")
+    assert [node.args[-1] for node in our_ops(recorder.graphs[0])] == [around or "eager", "eager", "triton"]
     assert chosen() == "eager"
 
 

@@ -343,3 +343,51 @@ def test_opcheck(name: str, impl: str, interleaved: bool, requires_grad: bool) -
     op = getattr(torch.ops.vit_kernels, name).default
     with corrected_interpreter():
         torch.library.opcheck(op, (q, k, cos, sin, interleaved, impl))
+
+
+def table_gradients(form: str, inputs: list[Tensor], interleaved: bool) -> list[Tensor]:
+    """First derivatives of all inputs, and second ones of their sum of squares."""
+    with corrected_interpreter(), force_impl(form):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        outputs = rotary_2d(*leaves, interleaved=interleaved)
+        total = sum(((i + 1) * x.float().square() * x.float()).sum() for i, x in enumerate(outputs))
+        first = torch.autograd.grad(total, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(x.float().square().sum() for x in first), leaves)
+    return [*(x.detach() for x in first), *second]
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@given(tiles=st.integers(1, 3), heads=st.integers(1, 3), seed=seeds())
+def test_learned_tables_get_the_same_gradients_from_both_bodies(
+    interleaved: bool, tiles: int, heads: int, seed: int
+) -> None:
+    shapes = (4 * tiles, heads, 12), (4 * tiles, 1, 12), (4, 6), (4, 6)
+    inputs = [seeded_tensor(shape, torch.float32, seed + i) for i, shape in enumerate(shapes)]
+    for actual, expected in zip(
+        *(table_gradients(form, inputs, interleaved) for form in ("triton", "eager")), strict=True
+    ):
+        # Both sum the same float32 products, in another order.
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max() + 1))
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_gradcheck_of_the_tables(interleaved: bool) -> None:
+    shapes = (6, 2, 4), (6, 1, 4), (3, 2), (3, 2)
+    inputs = [seeded_tensor(shape, torch.float64, i).requires_grad_() for i, shape in enumerate(shapes)]
+    for op in (torch.ops.vit_kernels.rotary_2d.default, torch.ops.vit_kernels.rotary_2d_backward.default):
+        assert torch.autograd.gradcheck(lambda *x, op=op: op(*x, interleaved, "eager"), inputs)
+        assert torch.autograd.gradgradcheck(lambda *x, op=op: op(*x, interleaved, "eager"), inputs)
+
+
+@pytest.mark.parametrize(("learned", "kept"), [(False, 2), (True, 4)])
+def test_tables_that_need_no_gradient_keep_no_queries(learned: bool, kept: int) -> None:
+    q, k, cos, sin = (seeded_tensor(shape, torch.float32, 0) for shape in ((6, 2, 4), (6, 1, 4), (3, 2), (3, 2)))
+    saved: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    with corrected_interpreter(), force_impl("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        rotary_2d(q.requires_grad_(), k, cos.requires_grad_(learned), sin)
+    assert len(saved) == kept

@@ -7,22 +7,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-# The latter two stand for a plain parameter while it is traced.
-_PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+# Names, as importing the latter two loads much of torch: they stand for a plain parameter while it is traced.
+_PLAIN = ("Parameter", "Tensor", "FakeTensor", "FunctionalTensor")
 
 
-@torch.compiler.assume_constant_result
-def can_nest_regions() -> bool:
+def can_nest_regions(layer: nn.Module) -> bool:
     """Whether a layer may be a nested region of the graph being traced.
 
-    Not under gradients, which Inductor of torch 2.13 gets wrong around regions, nor in `torch.compile(dynamic=True)`,
-    which makes an input of every float, such as a norm's eps: torch 2.13 cannot trace one inside a region.
+    Not under gradients, which Inductor of torch 2.13 gets wrong around regions; not in `torch.compile(dynamic=True)`,
+    which makes an input of every float, such as a norm's eps: torch 2.13 cannot trace one inside a region; and not
+    where a weight is of a class with arithmetic of its own (quantised or sharded), for which it has no regions.
     """
-    return not torch.is_grad_enabled() and torch._dynamo.config.assume_static_by_default
+    return (
+        torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and torch._dynamo.config.assume_static_by_default
+        and all(map(is_plain, layer.parameters()))
+    )
+
+
+def is_plain(tensor: Tensor | None) -> bool:
+    """Whether a parameter is of no class with arithmetic of its own."""
+    return type(tensor).__name__ in _PLAIN
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -41,8 +49,8 @@ def is_plain_linear(module: nn.Module) -> bool:
         type(module) is nn.Linear
         and "forward" not in module.__dict__
         and not has_hooks(module)
-        and type(module.weight) in _PLAIN
-        and type(module.bias) in _PLAIN
+        and is_plain(module.weight)
+        and is_plain(module.bias)
     )
 
 

@@ -82,7 +82,8 @@ def define(
     torch.library.register_vmap(f"vit_kernels::{name}", _transforms.one_by_one(op), lib=_library)
     if written:
         _library.impl(name, _transforms.in_place(op), "ADInplaceOrView", with_keyset=True)
-    _library.impl(name, _transforms.autograd(op, setup_context, backward), "Autograd", with_keyset=True)
+    if backward is not None:
+        _library.impl(name, _transforms.autograd(op, setup_context, backward), "Autograd", with_keyset=True)
 
 
 def launch_context(impl: str, x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -1,6 +1,6 @@
 """What an op does above its kernel: gradients, forward-mode AD, torch.func, autocast and in-place bookkeeping."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def refuse_gradients(op: str, **arguments: Any) -> None:
 
 
 def autograd(
-    op: torch._ops.OpOverload, setup_context: Callable[..., None] | None, backward: Callable[..., Any] | None
+    op: torch._ops.OpOverload, setup_context: Callable[..., None] | None, backward: Callable[..., Any]
 ) -> Callable[..., Any]:
     """The kernel of `op` for autograd, as torch.library.register_autograd makes one.
 
@@ -51,30 +51,30 @@ def autograd(
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            assert backward is not None
             with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
                 return *backward(ctx, *grads), None
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        # Any dual number is inside of a level, those of torch.func.jvp too.
-        if forward_ad._current_level >= 0:
-            _refuse_tangent(name, *(n for n, x in zip(names, args, strict=True) if _has_tangent(x)))
-        if backward is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        _refuse_tangents(name, names, args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             # torch.func has unwrapped the arguments for one of its transforms, which wants only its own derivative.
             with enable_single_level_autograd_function():
                 return Function.apply(*args, keyset)
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     return kernel
 
 
-def _has_tangent(x: Any) -> bool:
-    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
-
-
-def _refuse_tangent(op: str, *names: str) -> None:
-    if names:
-        raise NotImplementedError(f"{names[0]}: got a tensor with a tangent, but {op} has no forward-mode derivative")
+def _refuse_tangents(op: str, names: Sequence[str], args: tuple[Any, ...]) -> None:
+    # Any dual number is inside of a level, those of torch.func.jvp too.
+    if forward_ad._current_level < 0:
+        return
+    for name, x in zip(names, args, strict=True):
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{name}: got a tensor with a tangent, but {op} does not support forward-mode AD (torch.func.jvp)"
+            )
 
 
 def in_place(op: torch._ops.OpOverload) -> Callable[..., None]:
@@ -87,6 +87,7 @@ def in_place(op: torch._ops.OpOverload) -> Callable[..., None]:
     written = [i for i, argument in enumerate(op._schema.arguments) if argument.alias_info is not None]
 
     def track(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
+        _refuse_tangents(name, names, args)
         refuse_gradients(name, **dict(zip(names, args, strict=True)))
         torch.autograd.graph.increment_version([args[i] for i in written if args[i] is not None])
         with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -147,7 +148,11 @@ def autocast(op: torch._ops.OpOverload, device_type: str, names: tuple[str, ...]
 def cast_for_autocast(*tensors: Any) -> tuple[Any, ...]:
     """What torch's own matrix products do with their arguments: under autocast, cast all but float64 to its dtype."""
     first = tensors[0]
-    if isinstance(first, Tensor) and first.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(first.device.type):
+    if (
+        isinstance(first, Tensor)
+        and first.device.type in ("cpu", "cuda")
+        and torch.is_autocast_enabled(first.device.type)
+    ):
         return tuple(_cast(x, first.device.type) for x in tensors)
     return tensors
 

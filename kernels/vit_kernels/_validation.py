@@ -21,7 +21,9 @@ def check_tensor(name: str, x: torch.Tensor, rank: int, shape: str) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor {shape}")
     if x.is_nested or x.layout is not torch.strided:
-        raise TypeError(f"{name}: got {'a nested tensor' if x.is_nested else x.layout}, expected a dense tensor {shape}")
+        raise TypeError(
+            f"{name}: got {'a nested tensor' if x.is_nested else x.layout}, expected a dense tensor {shape}"
+        )
     if x.dim() != rank:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {shape}")
 
@@ -95,10 +97,10 @@ def separate(written: Mapping[int, str], *args: Any) -> list[Any]:
         _check_no_overlap_within(name, args[i])
         first, end = _addresses(args[i])
         for j, other in enumerate(args):
-            if j == i or not isinstance(other, torch.Tensor):
+            if j == i or not isinstance(other, torch.Tensor) or other.data_ptr() >= end:
                 continue
-            other_first, other_end = _addresses(other)
-            if first < other_end and other_first < end:
+            _, other_end = _addresses(other)
+            if first < other_end:
                 if j in written:
                     raise ValueError(f"{name}: shares memory with {written[j]}, expected a tensor of its own")
                 result[j] = other.clone(memory_format=torch.contiguous_format)

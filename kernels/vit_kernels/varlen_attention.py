@@ -219,9 +219,7 @@ def _eager_out(
         lse.copy_(new_lse)
 
 
-def _validate(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, impl: str
-) -> None:
+def _validate(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, impl: str) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _validation.check_tensor(name, x, 3, "[total_tokens, heads, head_dim]")
         _validation.check_dtype(name, x, impl)

@@ -1,7 +1,13 @@
 """Compile scaffold: one whole graph for an encoder."""
 
 from vit_encoder.compilation.config import CompilationConfig, should_torch_compile_mm_encoder
-from vit_encoder.compilation.context import ForwardContext, get_forward_context, set_forward_context, set_model_tag
+from vit_encoder.compilation.context import (
+    ForwardContext,
+    compiles_regions,
+    get_forward_context,
+    set_forward_context,
+    set_model_tag,
+)
 from vit_encoder.compilation.counter import compilation_counter
 from vit_encoder.compilation.decorator import DynamicDims, ignore_torch_compile, support_torch_compile
 from vit_encoder.compilation.deployed import DeployedModule, load
@@ -15,6 +21,7 @@ __all__ = [
     "ForwardContext",
     "GraphReport",
     "compilation_counter",
+    "compiles_regions",
     "export",
     "get_forward_context",
     "ignore_torch_compile",

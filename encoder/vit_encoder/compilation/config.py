@@ -34,14 +34,20 @@ class CompilationConfig:
         inductor_options: Inductor's options by the names of `torch._inductor.list_options()`, instead of a mode.
         dynamic_shapes: how dynamic dimensions are traced. `unbacked` and `backed_size_oblivious` give one graph for
             every size, `backed` two, as the sizes 0 and 1 are special to it. Fake tensors cannot be traced `unbacked`.
-            With gradients `unbacked` is traced as `backed_size_oblivious`, and that gives two graphs as well: torch
-            2.13 gets gradients around nested regions wrong (with backed sizes less often: use none under gradients),
-            and its autograd singles out size 1.
+            With gradients `backed_size_oblivious` gives two graphs as well: autograd singles out size 1.
         compile_ranges_endpoints: sizes of the first dynamic dimension at which to split, so that the sizes up to each
             endpoint get an artefact of their own: (4, 15, 16) means 1..4, 5..15, 16 (static), 17..MAX_INT. The last
             range is only for encoders; a size above a non-encoder's last endpoint is an error.
         cache_dir: where Inductor's artefacts stay between processes, one file a graph; None leaves them to Inductor.
         debug_dump_path: a folder that gets the source of every graph and this configuration.
+        frozen_parameters: no parameter of the module changes but in its values, which saves most of a call's time: Dynamo
+            guards each parameter separately. Nothing else is left unguarded: not buffers, submodules, attributes, hooks
+            or arguments. These changes of a parameter after the first call are not seen, and compute wrong numbers or
+            read memory that is not theirs: another dtype (`half()`), device (`cuda()`), shape, strides or class, by
+            assignment, `parameter.data = ...`, `swap_tensors`, `load_state_dict(assign=True)` or `functional_call`;
+            two parameters that become one, or one that becomes two. New values in place (`copy_`, `load_state_dict`)
+            and a new parameter of the same properties are read by the next call. With gradients enabled, a call where
+            a parameter or an argument requires one is refused.
 
     Raises:
         TypeError: a field of the wrong type.
@@ -56,10 +62,12 @@ class CompilationConfig:
     compile_ranges_endpoints: Sequence[int] = ()
     cache_dir: str | os.PathLike[str] | None = None
     debug_dump_path: str | os.PathLike[str] | None = None
+    frozen_parameters: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.compile_mm_encoder, bool):
-            raise TypeError(f"compile_mm_encoder: got {self.compile_mm_encoder!r}, expected a bool")
+        for name in ("compile_mm_encoder", "frozen_parameters"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name}: got {value!r}, expected a bool")
         if isinstance(self.backend, str):
             _check_known("backend", self.backend, torch._dynamo.list_backends(exclude_tags=()))
         elif not callable(self.backend):

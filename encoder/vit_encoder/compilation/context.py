@@ -43,10 +43,22 @@ class _Surroundings(threading.local):
     def __init__(self) -> None:
         self.tag: ModelTag | None = None
         self.context: ForwardContext | None = None
+        # Whether a call of a decorated module may compile now, and whether what it traces may call nested regions.
+        self.may_compile = False
+        self.has_regions = False
 
 
 surroundings = _Surroundings()
 _owners: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
+
+
+def compiles_regions() -> bool:
+    """Whether forward, while it is traced, should call its nested regions rather than the functions in them.
+
+    With gradients only a decorated module's own compilation on a version of torch where they were seen to be right says
+    yes: Inductor of torch 2.13 and 2.14 is silently wrong about them by itself, in a caller's `torch.compile` too.
+    """
+    return surroundings.has_regions or not torch.is_grad_enabled()
 
 
 @contextlib.contextmanager

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
+import itertools
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeVar
 
 import torch
-import torch.fx.experimental._config as fx_config
 from torch import Tensor, nn
 
 from vit_encoder.compilation.compiling import CompiledModule
@@ -24,6 +23,7 @@ from vit_encoder.compilation.config import (
     should_torch_compile_mm_encoder,
 )
 from vit_encoder.compilation.context import ModelTag, claim_tag, surroundings
+from vit_encoder.compilation.workarounds import regions_have_gradients
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 Dims = Mapping[str, int | Sequence[int]]
@@ -62,24 +62,25 @@ def support_torch_compile(
 
     An instance compiles at its first call, if `enable_if` says so of the configuration in force: that of its attribute
     `compilation_config`, else of the forward context, else the default; and again only under another one. Another
-    dtype, rank, device, grad mode or `force_impl`, and other parameters than before, compile another graph. A module's
+    dtype, rank, device, grad mode or `force_impl`, and parameters of another shape, compile another graph. A module's
     method `validate_inputs`, if it has one, sees the arguments first: an exception raised inside a graph would reach
     the caller as a failure of Dynamo. Subclasses inherit all this; `ignore_torch_compile` opts out.
     Source: vLLM's `compilation/decorators.py` and its pull request 30709.
 
     Args:
-        dynamic_arg_dims: forward's argument names, and which of their dimensions vary from call to call; by default
-            those annotated with `DynamicDims`. None may be passed for such an argument. The first dimension of the
+        dynamic_arg_dims: forward's argument names, and which of their dimensions vary from call to call, negative ones
+            counted from the back; by default those annotated with `DynamicDims`. None may be passed for such an argument. The first dimension of the
             first such argument decides which compile range a call falls into.
-        mark_unbacked_dims: dimensions that are traced unbacked whatever the configuration's `dynamic_shapes` say
-            (but with gradients, which it explains).
+        mark_unbacked_dims: dimensions that are traced unbacked whatever the configuration's `dynamic_shapes` say.
         enable_if: whether to compile under a configuration.
         is_encoder: no upper bound on the sizes, as for `set_model_tag`.
 
     Raises:
         ValueError: an argument that forward does not have, no dynamic dimension at all; at a call, a dynamic dimension
-            of size 0, a size above all compile ranges, or gradients with the backend "eager".
-        TypeError: the decorated object is not an nn.Module class; at a call, arguments that forward does not take.
+            that an argument does not have or of size 0, a size above all compile ranges, or gradients with the backend
+            "eager" or with `frozen_parameters`.
+        TypeError: the decorated object is not an nn.Module class, or dimensions that are no ints; at a call, arguments
+            that forward does not take, or something else than a tensor for one with dynamic dimensions.
     """
 
     def decorate(cls: ModuleClass) -> ModuleClass:
@@ -118,7 +119,11 @@ def _checked_dims(cls: type[nn.Module], name: str, dims: Dims) -> dict[str, tupl
         raise ValueError(
             f"{name}: got {', '.join(unknown)}, expected arguments of {cls.__name__}.forward: {', '.join(parameters)}"
         )
-    return {argument: (of,) if isinstance(of, int) else tuple(of) for argument, of in dims.items()}
+    found = {argument: (of,) if isinstance(of, int) else tuple(of) for argument, of in dims.items()}
+    for argument, of in found.items():
+        if not of or not all(type(dim) is int for dim in of):
+            raise TypeError(f"{name}: got {dims[argument]!r} for {argument}, expected one or more ints")
+    return found
 
 
 def _annotated_dims(cls: type[nn.Module]) -> dict[str, tuple[int, ...]]:
@@ -231,12 +236,15 @@ def _run(module: Any, settings: _Settings, config: CompilationConfig, args: list
 
     if validated := _validated(module.__class__):
         module.validate_inputs(*map(given, validated))
+    gradients = torch.is_grad_enabled()
+    if gradients:
+        _check_gradients(module, config, [*args, *kwargs.values()])
     compiled = _compiled_module(module, settings, config)
-    shapes = _dynamic_shapes(config)
+    shapes = config.dynamic_shapes
     index = None
     for name, dims in settings.dims.items():
         if (tensor := given(name)) is not None:
-            _check_sizes(name, tensor, dims)
+            dims = dims_of(name, tensor, dims)
             alias = _alias(tensor)
             if index is None:
                 index = compiled.index_of(tensor.shape[dims[0]])
@@ -246,38 +254,61 @@ def _run(module: Any, settings: _Settings, config: CompilationConfig, args: list
             replace_by(name, alias)
     for name, dims in settings.unbacked.items():
         if (tensor := given(name)) is not None:
+            dims = dims_of(name, tensor, dims)
             alias = tensor if name in settings.dims else _alias(tensor)
-            _mark(alias, dims, shapes if torch.is_grad_enabled() else "unbacked")
+            _mark(alias, dims, "unbacked")
             replace_by(name, alias)
-    with _tracing(shapes):
-        return compiled(index or 0, *args, **kwargs)
+    outer, surroundings.has_regions = surroundings.has_regions, gradients and _has_regions(config)
+    try:
+        return compiled(index or 0, module, *args, **kwargs)
+    finally:
+        surroundings.has_regions = outer
 
 
 def _compiled_module(module: Any, settings: _Settings, config: CompilationConfig) -> CompiledModule:
-    # Copies and unpickled modules find None here.
+    # Deep copies and unpickled modules find None here, shallow copies their original's.
     compiled: CompiledModule | None = module.__dict__.get("_compiled_module")
-    if compiled is None or (compiled.config is not config and compiled.config != config):
+    if compiled is None or not compiled.serves(module, config):
         tag = module.__dict__.get("_model_tag") or ModelTag(type(module).__qualname__, False)
         compiled = CompiledModule(module, config, replace(tag, is_encoder=tag.is_encoder or settings.is_encoder))
         module.__dict__["_compiled_module"] = compiled
     return compiled
 
 
-def _dynamic_shapes(config: CompilationConfig) -> DynamicShapes:
-    if torch.is_grad_enabled():
-        if config.backend == "eager":
-            # It differentiates a nested region through memory that it never filled.
-            raise ValueError("backend: got 'eager' with gradients, expected torch.no_grad() or the backend 'aot_eager'")
-        # torch 2.13's Inductor gives wrong gradients around nested regions, most often with an unbacked size.
-        if config.dynamic_shapes == "unbacked":
-            return "backed_size_oblivious"
-    return config.dynamic_shapes
+def _check_gradients(module: nn.Module, config: CompilationConfig, args: list[Any]) -> None:
+    if config.backend == "eager":
+        # It differentiates a nested region through memory that it never filled.
+        raise ValueError("backend: got 'eager' with gradients, expected torch.no_grad() or the backend 'aot_eager'")
+    if config.frozen_parameters:
+        inputs = (x for x in args if isinstance(x, Tensor))
+        if any(x.requires_grad for x in itertools.chain(inputs, module.parameters())):
+            raise ValueError(
+                "frozen_parameters: got True with gradients, expected torch.no_grad(), or no parameter and no argument "
+                "that requires a gradient"
+            )
 
 
-def _check_sizes(name: str, tensor: Tensor, dims: tuple[int, ...]) -> None:
+def _has_regions(config: CompilationConfig) -> bool:
+    """Whether nested regions keep their gradients right; who knows how a callable compiles."""
+    return config.backend in ("inductor", "aot_eager") and regions_have_gradients()
+
+
+def dims_of(name: str, tensor: Tensor, dims: tuple[int, ...]) -> tuple[int, ...]:
+    """Dynamic dimensions of an argument, counted from the front.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it does not have these dimensions, or one has size 0.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
+    rank = tensor.dim()
     for dim in dims:
+        if not -rank <= dim < rank:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected one with the dynamic dimension {dim}")
         if tensor.shape[dim] == 0:
             raise ValueError(f"{name}: got size 0 in dimension {dim} of {tuple(tensor.shape)}, expected at least 1")
+    return tuple(dict.fromkeys(dim % rank for dim in dims))
 
 
 def _alias(tensor: Tensor) -> Tensor:
@@ -299,8 +330,3 @@ def _mark(alias: Tensor, dims: tuple[int, ...], shapes: DynamicShapes, between: 
     else:
         mark(alias, dims[0], min=low, max=None if high == MAX_INT else high)
 
-
-def _tracing(shapes: DynamicShapes) -> contextlib.AbstractContextManager[Any]:
-    if shapes == "backed_size_oblivious":
-        return fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    return contextlib.nullcontext()

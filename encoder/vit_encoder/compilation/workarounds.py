@@ -1,61 +1,81 @@
 """What torch gets wrong or does over and over while it compiles, mended for the length of a compilation.
 
-All of it reaches into private parts of torch 2.13; a version that lacks them compiles as it would have.
+All of it reaches into private parts of torch: each workaround is for the versions on which its fault was seen, and only
+where those parts are as they were there. Where they are not, torch compiles as it would have, after one warning.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
 import torch
+import torch._functorch.config
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
-from torch._subclasses import fake_impls, fake_tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+TORCH = ".".join(torch.__version__.split(".")[:2])
+
+
+@contextlib.contextmanager
+def compilation_lock() -> Iterator[None]:
+    """The reentrant lock that Dynamo compiles under: no other thread compiles with what is patched in the block."""
+    from torch._dynamo.convert_frame import compile_lock  # loads Dynamo
+
+    with compile_lock:
+        yield
 
 
 @contextlib.contextmanager
 def workarounds() -> Iterator[None]:
     """All of them; around a backend's compilation."""
-    with size_oblivious_views(), regions_inferred_once(), first_instruction_set():
+    with compilation_lock(), regions_inferred_once(), first_instruction_set(), gradients_around_regions():
         yield
 
 
-@contextlib.contextmanager
-def size_oblivious_views() -> Iterator[None]:
-    """Under backed_size_oblivious Inductor 2.13 still guards on a strided view's size (`65*s > 65`), which costs a
-    second graph for size 1: its `View.create` asks for the oblivious form for unbacked sizes only.
-    """
-    compute_stride = getattr(fake_impls, "_compute_stride", None)
-    if compute_stride is None or not torch.fx.experimental._config.backed_size_oblivious:
-        yield
-        return
+@functools.cache
+def _applies(versions: tuple[str, ...], parts: Callable[[], Mapping[Any, str]]) -> bool:
+    """Whether this torch is one of `versions`, and the `parts` take the arguments that they took there."""
+    if TORCH not in versions:
+        return False
+    try:
+        changed = [part for part, known in parts().items() if ", ".join(inspect.signature(part).parameters) != known]
+    except (AttributeError, ImportError) as error:
+        changed = [error]
+    if changed:
+        warnings.warn(f"torch {torch.__version__}: got another {changed[0]!r}; compiling without it", stacklevel=2)
+    return not changed
 
-    def oblivious(old_shape: Any, old_stride: Any, new_shape: Any, size_oblivious: bool = False) -> Any:
-        return compute_stride(old_shape, old_stride, new_shape, size_oblivious=True)
 
-    with mock.patch.object(fake_impls, "_compute_stride", oblivious):
-        yield
+def _inference() -> Mapping[Any, str]:
+    arguments = "self, state, key, func, args, kwargs, output"
+    return {
+        fake_tensor._DispatchCacheValidEntry: "output_infos, is_output_tuple",
+        FakeTensorMode._make_cache_entry: arguments,
+        FakeTensorMode._validate_output_for_cache_entry: arguments,
+        FakeTensorMode._get_output_info_for_cache_entry: arguments,
+    }
 
 
 @contextlib.contextmanager
 def regions_inferred_once() -> Iterator[None]:
-    """The shapes that a nested region returns are remembered for unbacked sizes too.
+    """The shapes that a nested region returns are remembered for unbacked sizes too (torch 2.13 to 2.15).
 
     FakeTensorMode remembers what an op made of which sizes, but nothing of a region whose results have an unbacked
     size, as the region may have made it. So 34 equal layers are run op by op, five times over. Here it is remembered
     where every size of the results came in with the arguments, which `_validate_output_for_cache_entry` checks.
     """
-    parts = ("_make_cache_entry", "_validate_output_for_cache_entry", "_get_output_info_for_cache_entry")
-    entry = getattr(fake_tensor, "_DispatchCacheValidEntry", None)
-    if entry is None or not all(hasattr(FakeTensorMode, part) for part in parts):
+    if not _applies(("2.13", "2.14", "2.15"), _inference):
         yield
         return
-    make = FakeTensorMode._make_cache_entry
+    make, entry = FakeTensorMode._make_cache_entry, fake_tensor._DispatchCacheValidEntry
 
     def remember(mode: Any, state: Any, key: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
         if func is not invoke_subgraph or not _is_tuple_of_fakes(output):
@@ -73,17 +93,24 @@ def _is_tuple_of_fakes(output: Any) -> bool:
     return isinstance(output, tuple) and all(isinstance(x, FakeTensor) for x in output)
 
 
+def _probing() -> Mapping[Any, str]:
+    from torch._inductor import cpu_vec_isa  # loads triton
+
+    return {cpu_vec_isa.valid_vec_isa_list.__wrapped__: ""}
+
+
 @contextlib.contextmanager
 def first_instruction_set() -> Iterator[None]:
     """Inductor uses the first of the processor's vector instruction sets that its compiler can build for, after it has
-    compiled and loaded probes for all of them, in each new cache directory. Here it stops at the first.
+    compiled and loaded probes for all of them, in each new cache directory (torch 2.13 to 2.15). Here it stops at the
+    first.
     """
-    from torch._inductor import config, cpu_vec_isa  # loads triton
-
-    every = cpu_vec_isa.valid_vec_isa_list
-    if not hasattr(every, "__wrapped__"):
+    if not _applies(("2.13", "2.14", "2.15"), _probing):
         yield
         return
+    from torch._inductor import config, cpu_vec_isa
+
+    every = cpu_vec_isa.valid_vec_isa_list
 
     @functools.cache
     def first() -> Any:
@@ -98,4 +125,59 @@ def first_instruction_set() -> Iterator[None]:
         return every() if chosen_by_user else first()
 
     with mock.patch.object(cpu_vec_isa, "valid_vec_isa_list", enough):
+        yield
+
+
+def _gradients() -> Mapping[Any, str]:
+    from torch._functorch._aot_autograd import graph_compile
+    from torch._inductor import ir
+
+    return {
+        graph_compile.collect_bw_donated_buffer_idxs: "fw_module, bw_module, fw_metadata",
+        ir.InvokeSubgraph.create: "subgraph, operands",
+    }
+
+
+def regions_have_gradients() -> bool:
+    """Whether gradients around nested regions are right under `gradients_around_regions`, for all that was seen."""
+    return _applies(("2.13", "2.14"), _gradients)
+
+
+@contextlib.contextmanager
+def gradients_around_regions() -> Iterator[None]:
+    """Memory that a region's backward still reads is not used for something else (torch 2.13 and 2.14).
+
+    AOTAutograd tells Inductor which saved tensors nobody else needs, by their places among the backward's arguments,
+    and a region's backward takes these for places among its own arguments. Here no tensor is given away.
+
+    A region's forward returns what it saves, among it its arguments and one tensor twice, and Inductor takes each
+    result for memory of its own, free after its last use. Here no argument or result of a region's call is used again.
+
+    Both happen while the backward is lowered, which must then be within the block, and neither is part of the key that
+    Inductor's cache knows a graph by.
+    """
+    if not regions_have_gradients():
+        yield
+        return
+    from torch._functorch._aot_autograd import graph_compile
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    create = ir.InvokeSubgraph.create
+
+    def keeping(subgraph: Any, *operands: Any) -> Any:
+        results = create(subgraph, *operands)
+        tensors = [result for result in results if isinstance(result, ir.MultiOutput)]
+        arguments = tensors[0].inputs[0].inputs if tensors else []
+        kept = [x for x in (*tensors, *arguments) if not isinstance(x, ir.ShapeAsConstantBuffer)]
+        V.graph.never_reuse_buffers.update(x.get_name() for x in kept)
+        return results
+
+    tag = f"{torch.compiler.config.cache_key_tag} regions keep their memory"
+    with (
+        mock.patch.object(graph_compile, "collect_bw_donated_buffer_idxs", lambda *args: []),
+        mock.patch.object(ir.InvokeSubgraph, "create", keeping),
+        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+        torch.compiler.config.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
+    ):
         yield

@@ -35,6 +35,7 @@ class LayerNorm(nn.LayerNorm):
     def eps(self, value: float) -> None:
         if value != 1e-5:
             raise ValueError(f"eps: got {value}, expected 1e-5, which Llama 4's norms have")
+        self.__dict__["eps"] = value  # which extra_repr reads
 
 
 class MLP(nn.Module):
@@ -77,7 +78,7 @@ class EncoderLayer(nn.Module):
             cu_seqlens: [tiles + 1].
             rotation: tables [577, head_dim // 2].
         """
-        block = self._region if can_nest_regions() else self._block
+        block = self._region if can_nest_regions(self) else self._block
         return block(x, normed, cu_seqlens, rotation.cos, rotation.sin)
 
     def _block(self, x: Tensor, normed: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

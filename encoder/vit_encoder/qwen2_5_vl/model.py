@@ -35,6 +35,7 @@ class RMSNorm(nn.RMSNorm):
     def eps(self, value: float | None) -> None:
         if value not in (None, 1e-6):
             raise ValueError(f"eps: got {value}, expected 1e-6, which Qwen2.5-VL's norms have")
+        self.__dict__["eps"] = self.eps  # which extra_repr reads
 
 
 class MLP(nn.Module):
@@ -80,7 +81,7 @@ class EncoderLayer(nn.Module):
             rotation: tables [patches, head_dim // 2].
         """
         region = self._full_region if self.full else self._window_region
-        block = region if can_nest_regions() else self._block
+        block = region if can_nest_regions(self) else self._block
         return block(x, normed, cu_seqlens if self.full else cu_window_seqlens, rotation.cos, rotation.sin)
 
     def _block(self, x: Tensor, normed: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,8 +266,9 @@ class Qwen2_5_VLVisionModel(nn.Module):  # noqa: N801 (transformers' prefix)
         """Encode the patches of a batch of images and videos.
 
         Args:
-            pixel_values: [patches, patch_dim], normalised, in the dtype of the encoder's norms (any under autocast), in
-                the order of transformers' image processor: the patches of a unit, that becomes one feature, one after the other.
+            pixel_values: [patches, patch_dim], normalised, in the dtype of the encoder's norms (any under autocast). In
+                the order of transformers' image processor: the patches of a unit, that becomes one feature, one after
+                the other.
             grid_thw: integers [images, 3] on the CPU: how many temporal patches, rows and columns of patches. Where
                 None, the forward context must have been set with `vision_metadata(grid_thw, config, device)._asdict()`.
 
