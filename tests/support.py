@@ -66,3 +66,22 @@ def launched_on(op: Callable[..., Any], *args: Any, **kwargs: Any) -> set[int]:
             op(*args, **kwargs)
     arguments = (argument for call in launches.call_args_list for argument in call.args)
     return {argument.data_ptr() for argument in arguments if isinstance(argument, torch.Tensor)}
+
+
+def checkpoint_layers(model: Any, *, use_reentrant: bool) -> None:
+    """Have a model of transformers checkpoint its layers in training; later versions renamed it."""
+    later = getattr(model, "activation_checkpointing_enable", None)
+    (later or model.gradient_checkpointing_enable)({"use_reentrant": use_reentrant})
+
+
+def saved_bytes(forward: Callable[..., Any], *args: Any) -> int:
+    """Bytes of the storages that are kept for backward, each counted once."""
+    kept = []
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        forward(*args)
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}.values())

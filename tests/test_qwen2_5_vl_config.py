@@ -176,9 +176,9 @@ def test_missing_fields_are_listed(missing: list[str]) -> None:
         ({"rope_theta": float("nan")}, ValueError, "rope_theta must be a positive finite number"),
         ({"num_heads": 3}, ValueError, "hidden_size must be a multiple of num_heads, got hidden_size 160"),
         (
-            {"num_heads": 20},
+            {"num_heads": 40},
             ValueError,
-            r"hidden_size / num_heads must be a multiple of 8 in 16\.\.256 .* 160 / 20 = 8",
+            r"hidden_size / num_heads must be a multiple of 8 in 8\.\.256 .* 160 / 40 = 4",
         ),
         ({"window_size": 100}, ValueError, r"window_size must be a multiple of .* = 28, got 100"),
         ({"fullatt_block_indexes": 7}, TypeError, "fullatt_block_indexes must be a sequence of integers, got 7"),

@@ -1,5 +1,6 @@
 """`attn_implementation="vit_varlen"` in transformers' vision encoders, and the masks it reads."""
 
+import contextlib
 import copy
 import math
 import re
@@ -18,6 +19,8 @@ from vit_encoder.integrations.transformers.attention import varlen_attention_for
 from vit_encoder.integrations.transformers.masks import sequences_of_mask
 from vit_kernels import force_impl
 from vit_kernels.testing import assert_close_to_reference, corrected_interpreter
+
+from tests.support import checkpoint_layers
 
 Case = tuple[nn.Module, dict[str, Tensor]]
 
@@ -177,6 +180,33 @@ def test_an_encoder_is_as_exact_as_with_sdpa(case: Callable[[], Case], dtype: to
     assert_close_to_reference(ours, exact, theirs)
 
 
+CHECKPOINTED: list[Callable[[], Case]] = [
+    qwen2_5_vl, siglip, clip, pixtral_with_images_of_two_sizes, idefics3_with_images_padded_in_two_dimensions,
+]  # fmt: skip
+
+
+# transformers gives layers of Llama 4 nothing by position, and with reentrant checkpoints no gradients either.
+@pytest.mark.parametrize(
+    ("case", "reentrant"),
+    [(llama4, False), *((case, reentrant) for case in CHECKPOINTED for reentrant in (False, True))],
+)
+def test_gradients_are_the_same_of_checkpointed_layers(case: Callable[[], Case], reentrant: bool) -> None:
+    register_attention()
+    model: Any
+    model, inputs = case()
+    initialised(model).double().requires_grad_(True).train()
+
+    def gradients(implementation: str) -> list[Tensor]:
+        model.zero_grad()
+        model.set_attn_implementation(implementation)
+        model(**inputs).last_hidden_state.square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    expected = gradients("sdpa")
+    checkpoint_layers(model, use_reentrant=reentrant)
+    torch.testing.assert_close(gradients("vit_varlen"), expected)
+
+
 def attend(mask: Tensor | None, batch: int = 1, tokens: int = 5, module: nn.Module | None = None, **kwargs: Any) -> Any:
     q, k, v = torch.randn(3, batch, 2, tokens, 16, generator=torch.Generator().manual_seed(0))
     arguments = {"is_causal": False} | kwargs
@@ -220,6 +250,34 @@ def test_the_boundaries_that_flash_attention_would_get_are_used() -> None:
     assert not torch.allclose(packed, attend(None)[0])
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("last", [3, 50])
+def test_the_boundaries_of_other_tokens_are_refused(last: int) -> None:
+    own, others = (torch.tensor([0, 2, end], dtype=torch.int32) for end in (5, last))
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q: expected the boundaries of the 5 tokens of this call, got"):
+        attend(None, cu_seq_lens_q=others, cu_seq_lens_k=others)
+    with pytest.raises(ValueError, match=r"cu_seq_lens_k: expected"):
+        attend(None, cu_seq_lens_q=own, cu_seq_lens_k=others)
+    # Where nothing may wait for the device.
+    compiled = torch.compile(varlen_attention_forward, backend="eager", fullgraph=True)
+    q, k, v = torch.zeros(3, 1, 2, 5, 16)
+    for boundaries in (own, others):
+        options = {"is_causal": False, "cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
+        with contextlib.nullcontext() if boundaries is own else pytest.raises(RuntimeError, match="cu_seq_lens_q: exp"):
+            compiled(nn.Module(), q, k, v, None, **options)
+
+
+def test_heads_of_eight_channels_run() -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14
+    )
+    model, inputs = initialised(CLIPVisionModel(config)), {"pixel_values": pixels(2, 3, 28, 28)}
+    ours, theirs = (features(model, inputs, name, torch.float64) for name in ("vit_varlen", "sdpa"))
+    torch.testing.assert_close(ours, theirs)
+
+
 @st.composite
 def masks(draw: st.DrawFn) -> Tensor:
     """Boolean [batch, 1, tokens, tokens_k], one of five kinds in each row of the batch."""
@@ -251,21 +309,30 @@ def additive(mask: Tensor, hidden: float) -> Tensor:
     return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, hidden)
 
 
-def inputs_for(mask: Tensor, batch: int, tokens: int, tokens_k: int, requires_grad: bool = False) -> list[Tensor]:
+def inputs_for(batch: int, tokens: int, tokens_k: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [
-        torch.randn(batch, 2, length, 16, generator=generator, dtype=torch.float64).requires_grad_(requires_grad)
+        torch.randn(batch, 2, length, 16, generator=generator, dtype=torch.float64).requires_grad_()
         for length in (tokens, tokens_k, tokens_k)
     ]
+
+
+def sdpa(inputs: list[Tensor], mask: Tensor) -> Tensor:
+    q, k, v = inputs
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def varlen(inputs: list[Tensor], mask: Tensor) -> Tensor:
+    q, k, v = inputs
+    return varlen_attention_forward(nn.Module(), q, k, v, mask, is_causal=False)[0]
 
 
 @given(mask=masks(), hidden=st.sampled_from([None, torch.finfo(torch.float64).min, -math.inf]))
 def test_a_mask_means_what_it_means_to_sdpa(mask: Tensor, hidden: float | None) -> None:
     batch, _, tokens, tokens_k = mask.shape
-    theirs, ours = (inputs_for(mask, batch, tokens, tokens_k, requires_grad=True) for _ in range(2))
-    expected = F.scaled_dot_product_attention(*theirs, attn_mask=mask).transpose(1, 2)
-    given = mask if hidden is None else additive(mask, hidden)
-    actual, _ = varlen_attention_forward(nn.Module(), *ours, given, is_causal=False)
+    theirs, ours = (inputs_for(batch, tokens, tokens_k) for _ in range(2))
+    expected = sdpa(theirs, mask)
+    actual = varlen(ours, mask if hidden is None else additive(mask, hidden))
     # Of a query that sees no key both make zeros.
     torch.testing.assert_close(actual, expected)
     actual.square().sum().backward()
@@ -277,9 +344,8 @@ def test_a_mask_means_what_it_means_to_sdpa(mask: Tensor, hidden: float | None) 
 def test_a_mask_is_broadcast_as_by_sdpa(shape: tuple[int, ...]) -> None:
     mask = torch.ones(shape, dtype=torch.bool)
     mask[-1, :, :, 1::2] = False
-    inputs = inputs_for(mask, 3, 6, 5)
-    expected = F.scaled_dot_product_attention(*inputs, attn_mask=mask).transpose(1, 2)
-    torch.testing.assert_close(varlen_attention_forward(nn.Module(), *inputs, mask, is_causal=False)[0], expected)
+    inputs = inputs_for(3, 6, 5)
+    torch.testing.assert_close(varlen(inputs, mask), sdpa(inputs, mask))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from vit_encoder import compilation_counter
+from vit_encoder import CompilationConfig, compilation_counter
 from vit_encoder.integrations.transformers import apply_to_qwen2_5_vl, revert_qwen2_5_vl
 from vit_kernels.testing import assert_close_to_reference
+
+from tests.support import checkpoint_layers, saved_bytes
 
 IMAGE_TOKEN, VISION_START = 60, 58
 # Relative, over all elements: some hundred roundings of float32. Other weights make a difference of 1.
@@ -66,8 +68,8 @@ def features(model: Any, grids: list[list[int]] = GRIDS[1], dtype: torch.dtype =
         return model.model.visual(*inputs(grids, dtype)).pooler_output
 
 
-def generated(model: Any, grids: list[list[int]]) -> tuple[list[int], Tensor]:
-    """Twelve greedy tokens for these images, and the scores of each."""
+def question(model: Any, grids: list[list[int]]) -> dict[str, Any]:
+    """What the whole model takes for a question about these images."""
     pixel_values, grid_thw = inputs(grids)
     prompt = [1]
     for grid in grid_thw:
@@ -76,11 +78,15 @@ def generated(model: Any, grids: list[list[int]]) -> tuple[list[int], Tensor]:
     # New in a later transformers 5.
     newer = "mm_token_type_ids" in inspect.signature(model.forward).parameters
     types = {"mm_token_type_ids": (ids == IMAGE_TOKEN).int()} if newer else {}
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixel_values, image_grid_thw=grid_thw,
-        max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_scores=True, **types,
-    )  # fmt: skip
-    return out.sequences[0, ids.shape[1] :].tolist(), torch.cat(out.scores)
+    images = {"pixel_values": pixel_values, "image_grid_thw": grid_thw}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images, **types}
+
+
+def generated(model: Any, grids: list[list[int]]) -> tuple[list[int], Tensor]:
+    """Twelve greedy tokens for these images, and the scores of each."""
+    asked = question(model, grids)
+    out = model.generate(**asked, max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_scores=True)
+    return out.sequences[0, asked["input_ids"].shape[1] :].tolist(), torch.cat(out.scores)
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
@@ -172,6 +178,91 @@ def test_other_models_and_extras_are_refused(model: Any) -> None:
     apply_to_qwen2_5_vl(model)
     with pytest.raises(ValueError, match="output_hidden_states: got True"):
         model.model.visual(*inputs(GRIDS[0]), output_hidden_states=True)
-    model.model.visual.blocks[0].mlp.up_proj = nn.Sequential(nn.Linear(80, 96))
-    with pytest.raises(TypeError, match="got torch.nn.modules.container.Sequential as .*expected torch.nn.modules.linear.Linear"):
+
+
+@pytest.mark.parametrize("target", [lambda m: m, lambda m: m.model.visual], ids=["whole model", "vision model"])
+def test_what_is_asked_of_the_whole_model_is_the_text_models(target: Any, model: Any) -> None:
+    model.set_attn_implementation({"text_config": "eager"})
+    apply_to_qwen2_5_vl(target(model))
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        out = model(**question(model, GRIDS[1]), **asked)
+        assert (len(out.hidden_states), len(out.attentions)) == (3, 2)
+        assert len(model(**question(model, GRIDS[1]), **asked, return_dict=False)) == 4
+    out = model.generate(
+        **question(model, GRIDS[1]), **asked, max_new_tokens=2, do_sample=False, return_dict_in_generate=True
+    )
+    assert (len(out.hidden_states), len(out.attentions)) == (2, 2)
+    # Whatever the vision model's configuration says, nobody could see its hidden states.
+    model.model.visual.config.output_hidden_states = True
+    model.generate(**question(model, GRIDS[1]), max_new_tokens=1)
+    with pytest.raises(ValueError, match="output_hidden_states: got True"):
+        model.get_image_features(*inputs(GRIDS[1]))
+
+
+def test_both_ways_to_return_are_kept(model: Any) -> None:
+    apply_to_qwen2_5_vl(model)
+    visual, expected = model.model.visual, features(model)
+    with torch.no_grad():
+        assert torch.equal(visual(*inputs(GRIDS[1]), return_dict=False)[1], expected)
+        visual.config.return_dict = False
+        assert torch.equal(visual(*inputs(GRIDS[1]))[1], expected)
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens", "cu_window_seqlens", "position_ids", "window_index"])
+def test_what_follows_from_the_sizes_is_refused(model: Any, name: str) -> None:
+    apply_to_qwen2_5_vl(model)
+    with pytest.raises(ValueError, match=f"{name}: got Tensor, expected None"):
+        model.model.visual(*inputs(GRIDS[0]), **{name: torch.zeros(2)})
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize(("compiled", "reentrant"), [(False, False), (False, True), (True, False)])
+def test_checkpointed_layers_have_the_same_gradients(model: Any, compiled: bool, reentrant: bool) -> None:
+    visual = model.model.visual.train()
+
+    def gradients() -> list[Tensor]:
+        visual.zero_grad()
+        visual(*inputs(GRIDS[1])).pooler_output.square().sum().backward()
+        return [parameter.grad.clone() for parameter in visual.parameters()]
+
+    expected = gradients()
+    checkpoint_layers(model, use_reentrant=reentrant)
+    apply_to_qwen2_5_vl(model, compile=CompilationConfig(compile_mm_encoder=compiled, backend="aot_eager"))
+    with compilation_counter.expect(graphs_seen=int(compiled)):
+        actual = gradients()
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_same(ours, theirs)
+
+
+def test_a_checkpointed_layer_keeps_its_input_alone() -> None:
+    kept = []
+    for layers in (1, 2):
+        model = qwen2_5_vl()
+        visual = model.model.visual.train()
+        visual.blocks = visual.blocks[-layers:]
+        visual.config.depth, visual.config.fullatt_block_indexes = layers, [layers - 1]
+        apply_to_qwen2_5_vl(model)
+        checkpoint_layers(model, use_reentrant=False)
+        kept.append(saved_bytes(visual, *inputs([[1, 12, 16]])))
+    assert kept[1] - kept[0] == 12 * 16 * 80 * 4
+
+
+def norm(visual: Any) -> None:
+    visual.blocks[1].norm1 = nn.RMSNorm(80)
+
+
+def convolution(visual: Any) -> None:
+    visual.patch_embed.proj = nn.Sequential(visual.patch_embed.proj)
+
+
+def projection(visual: Any) -> None:
+    visual.blocks[0].mlp.up_proj = nn.Sequential(nn.Linear(80, 96))
+
+
+@pytest.mark.parametrize("change", [norm, convolution, projection])
+def test_what_is_bypassed_must_be_what_transformers_makes(model: Any, change: Any) -> None:
+    apply_to_qwen2_5_vl(model)
+    change(model.model.visual)
+    with pytest.raises(TypeError, match=r"model: got torch.nn.modules.* of the vision model, expected "):
         features(model)

@@ -164,14 +164,14 @@ def rope_theta(section: Mapping[str, Any]) -> object:
 
 
 def check_head_dim(heads_name: str, hidden_size: int, heads: int) -> None:
-    """Raise ValueError for a width that does not divide into heads that the attention kernel takes."""
+    """Raise ValueError for a width that does not divide into heads that attention takes (its kernel from 16 on)."""
     if hidden_size % heads:
         raise ValueError(
             f"hidden_size must be a multiple of {heads_name}, got hidden_size {hidden_size} and {heads_name} {heads}"
         )
     head_dim = hidden_size // heads
-    if head_dim % 8 or not 16 <= head_dim <= 256:
+    if head_dim % 8 or not 8 <= head_dim <= 256:
         raise ValueError(
-            f"hidden_size / {heads_name} must be a multiple of 8 in 16..256 (the attention kernel's range), "
+            f"hidden_size / {heads_name} must be a multiple of 8 in 8..256 (attention's range, its kernel's from 16), "
             f"got {hidden_size} / {heads} = {head_dim}"
         )

@@ -62,7 +62,8 @@ def varlen_attention_forward(
         dropout: 0.
         scaling: as `varlen_attention`'s scale.
         is_causal: False.
-        **kwargs: `cu_seq_lens_q` and `cu_seq_lens_k`, int32, are used where there is no mask; others as below.
+        **kwargs: `cu_seq_lens_q` and `cu_seq_lens_k`, int32, are used where there is no mask; they end with the number
+            of tokens. Others as below.
 
     Returns:
         [batch, tokens, heads, head_dim], and None for the weights.
@@ -79,14 +80,29 @@ def varlen_attention_forward(
         sequences = sequences_of_mask(attention_mask, batch, tokens, tokens_k)
     elif kwargs.get("cu_seq_lens_q") is not None:
         sequences = Sequences(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"])
+        for name, rows in (("cu_seq_lens_q", batch * tokens), ("cu_seq_lens_k", batch * tokens_k)):
+            _check_last(name, kwargs[name], rows)
     else:
         boundaries = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
         sequences = Sequences(boundaries * tokens, boundaries * tokens_k)
-    q, k, v = (_rows(x, index) for x, index in ((query, sequences.queries), (key, sequences.keys), (value, sequences.keys)))
+    q, k, v = (
+        _rows(x, index) for x, index in ((query, sequences.queries), (key, sequences.keys), (value, sequences.keys))
+    )
     out = varlen_attention(q, k, v, sequences.cu_seqlens, cu_seqlens_k=sequences.cu_seqlens_k, scale=scaling)
     if sequences.places is not None:
         out = out.index_select(0, sequences.places)
     return out.unflatten(0, (batch, tokens)), None
+
+
+def _check_last(name: str, boundaries: Tensor, rows: int) -> None:
+    """Refuse the text model's boundaries, which some models hand down to all that they call."""
+    told = f"{name}: expected the boundaries of the {rows} tokens of this call"
+    if boundaries.device.type == "cpu" and not torch.compiler.is_compiling():
+        if boundaries[-1] != rows:
+            raise ValueError(f"{told}, got {boundaries.tolist()!r:.80}")
+    else:
+        # Nothing waits for the device; there it is a device-side assertion.
+        torch._assert_async(boundaries[-1] == rows, told)
 
 
 def _rows(x: Tensor, index: Tensor | None) -> Tensor:

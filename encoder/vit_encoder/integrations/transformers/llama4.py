@@ -26,17 +26,25 @@ def apply_to_llama4(model: nn.Module, *, compile: bool | CompilationConfig = Fal
     The model stays itself: its modules, parameters, state_dict and hooks keep their names, and saving, casting, moving
     and copying it works as before. Only the vision model's `forward` is replaced. Weights are held once: linear layers
     and norms are shared, and the query, key and value projections become views of one packed tensor. Applying again
-    only changes `compile`; `revert_llama4` undoes it. Hooks on the projections inside the vision model are not called.
+    only changes `compile`; `revert_llama4` undoes it. Adapters and quantised layers may stand in the place of the
+    linear layers that are called (`o_proj`, `fc1`, `fc2`), and are refused elsewhere. Hooks on the other modules inside
+    the vision model are not called.
+
+    `gradient_checkpointing_enable()`, before or after, holds for our layers as for transformers' own: in training each
+    keeps its input alone, compiled or not. `output_hidden_states` and `output_attentions` of the whole model mean the
+    text model's; asked of the vision model itself they are refused.
 
     Args:
         model: transformers' Llama4ForConditionalGeneration or Llama4VisionModel, its weights loaded on one device.
         compile: whether to compile the encoder as one graph, or how.
 
     Raises:
-        TypeError: another model, or a projection that is no plain Linear (quantised, or with an adapter).
-        ValueError: weights that are not loaded or on several devices, or a configuration that
-            `Llama4VisionConfig.from_hf` refuses. At a call also: hidden states or attention weights asked for, or
-            dropout in training, of which our encoder has none.
+        TypeError: another model, or a module of which we take the weights without calling it and that is not what
+            transformers makes: a projection that is quantised or has an adapter, layers taken out or wrapped. At a call
+            also, when it was put in since.
+        ValueError: weights that are not loaded, on several devices or shared by projections, or a configuration that
+            `Llama4VisionConfig.from_hf` refuses. At a call also: hidden states or attention weights asked of the vision
+            model, or dropout in training, of which our encoder has none.
     """
     vision = _vision_model(model)
     put(vision, compilation_config(compile), lambda: _Forward(vision, _encoder, _shared))

@@ -20,13 +20,16 @@ from vit_encoder.integrations.transformers.shared import (
 )
 from vit_encoder.qwen2_5_vl import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel
 
+# What transformers lets its callers compute ahead.
+_COMPUTED = ("cu_seqlens", "cu_window_seqlens", "position_ids", "window_index")
+
 
 def apply_to_qwen2_5_vl(model: nn.Module, *, compile: bool | CompilationConfig = False) -> None:
     """Let a loaded Qwen2.5-VL model of transformers compute its image and video features with our encoder.
 
     As `apply_to_llama4`; here the gate and up projections of each block become views of one packed tensor. All windows
     and frames of a batch are one call of attention, where transformers makes one call each. The features are in
-    `pooler_output`; there is no `last_hidden_state`, which only the merger sees.
+    `pooler_output`, and in the second place of a tuple; there is no `last_hidden_state`, which only the merger sees.
 
     Args:
         model: transformers' Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, or the vision model of either, its
@@ -34,9 +37,11 @@ def apply_to_qwen2_5_vl(model: nn.Module, *, compile: bool | CompilationConfig =
         compile: whether to compile the encoder as one graph, or how.
 
     Raises:
-        TypeError: another model, or a projection that is no plain Linear (quantised, or with an adapter).
-        ValueError: weights that are not loaded or on several devices, or a configuration that
-            `Qwen2_5_VLVisionConfig.from_hf` refuses. At a call also: hidden states or attention weights asked for.
+        TypeError: another model, or a module of it that `apply_to_llama4` would refuse; here the convolution and the
+            norms too are modules of which we take the weights. At a call also, when one was put in since.
+        ValueError: weights that are not loaded, on several devices or shared by projections, or a configuration that
+            `Qwen2_5_VLVisionConfig.from_hf` refuses. At a call also: hidden states or attention weights asked of the
+            vision model, or what follows from `grid_thw` given.
     """
     vision = _vision_model(model)
     put(vision, compilation_config(compile), lambda: _Forward(vision, _encoder, _shared))
@@ -72,19 +77,24 @@ class _Forward(SharedForward):
         grid_thw: Tensor,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' Qwen2_5_VisionTransformerPretrainedModel.forward."""
+        """As transformers' Qwen2_5_VisionTransformerPretrainedModel.forward, which ignores further arguments too."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
-        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+        from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as theirs
 
-        self.refuse_extras(output_attentions, output_hidden_states, (Qwen2_5_VLModel,))
+        whole = (theirs.Qwen2_5_VLModel, theirs.Qwen2_5_VLForConditionalGeneration)
+        self.refuse_extras(output_attentions, output_hidden_states, whole)
+        for name in _COMPUTED:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: got {type(kwargs[name]).__name__}, expected None: it follows from grid_thw")
         self.follow()
         weight = self.vision.patch_embed.proj.weight
         features = self.encoder(hidden_states.to(weight.dtype), grid_thw.cpu())  # [units, out_hidden_size]
-        output = BaseModelOutputWithPooling(pooler_output=features)
-        return output.to_tuple() if return_dict is False else output
+        if kwargs.get("return_dict", self.vision.config.return_dict) is False:
+            # The hidden states keep their place.
+            return None, features
+        return BaseModelOutputWithPooling(pooler_output=features)
 
 
 class _FlatConvolution(nn.Module):

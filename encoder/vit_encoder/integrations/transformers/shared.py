@@ -25,9 +25,7 @@ class SharedForward:
         shared: what of both is one.
     """
 
-    def __init__(
-        self, vision: Any, make_encoder: Callable[[Any], Any], shared: Callable[[Any, Any], Shared]
-    ) -> None:
+    def __init__(self, vision: Any, make_encoder: Callable[[Any], Any], shared: Callable[[Any, Any], Shared]) -> None:
         self.vision = vision
         self.shared = shared
         with torch.device("meta"):
@@ -79,9 +77,9 @@ class SharedForward:
             got = _described(held[name]) if name in held else "nothing"
             if got != expected:
                 raise TypeError(
-                    f"model: got {got} as {name or 'itself'} of the vision model, expected {expected}: our encoder takes its "
-                    "weights and does not call it; merge adapters into it first (peft: merge_and_unload), do not "
-                    "quantise, wrap or remove it, or revert"
+                    f"model: got {got} as {name or 'itself'} of the vision model, expected {expected}: our encoder "
+                    "takes its weights and does not call it; merge adapters into it first (peft: merge_and_unload), "
+                    "do not quantise, wrap or remove it, or revert"
                 )
 
     def refuse_extras(
@@ -89,7 +87,8 @@ class SharedForward:
     ) -> None:
         """Raise ValueError where the caller, or else the configuration, wants what our encoder does not keep.
 
-        Not within the forward of the whole model, one of these classes: it hands down what is meant for the text model.
+        Not within the forward of the whole model, of one of these classes: what that hands down is meant for the text
+        model.
         """
         for name, given in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
             wanted = getattr(self.vision.config, name, False) if given is None else given
@@ -99,9 +98,11 @@ class SharedForward:
 
 @torch.compiler.disable(reason="the stack is no part of a graph")
 def _is_within_forward(whole: tuple[type, ...]) -> bool:
-    # Nothing but the stack tells the whole model's forward from a call of its `get_image_features`.
-    frames = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_name == "forward")
-    return any(isinstance(frame.f_locals.get("self"), whole) for frame in frames)
+    # Nothing but the stack tells the whole model's forward from its caller's call of `get_image_features`.
+    return any(
+        frame.f_code.co_name in ("forward", "generate") and isinstance(frame.f_locals.get("self"), whole)
+        for frame, _ in traceback.walk_stack(None)
+    )
 
 
 class CheckpointedLayer:
@@ -166,28 +167,31 @@ class PackedLinear(nn.Module):
                 self._buffers.pop(name, None)
             elif not self.is_packed(name):
                 packed = torch.cat(tensors)
-                for tensor, rows in zip(tensors, _rows(packed, tensors), strict=True):
+                for tensor, rows in zip(tensors, packed.split([len(tensor) for tensor in tensors]), strict=True):
                     tensor.data = rows
                 self.register_buffer(name, packed, persistent=False)
 
     def is_packed(self, name: str) -> bool:
         """Whether the parts' weights or biases lie in one tensor."""
-        packed, tensors = self._buffers.get(name), self._tensors(name)
-        return packed is not None and all(
-            tensor.data_ptr() == rows.data_ptr() for tensor, rows in zip(tensors, _rows(packed, tensors), strict=True)
-        )
+        packed = self._buffers.get(name)
+        if packed is None:
+            return False
+        # Addresses are counted: views of the packed tensor would be something else inside of `torch.func.grad`.
+        address = packed.data_ptr()
+        for tensor in self._tensors(name):
+            if tensor.data_ptr() != address:
+                return False
+            address += tensor.numel() * packed.element_size()
+        return True
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: [..., in_features] -> [..., sum of the parts' out_features]."""
         weights, biases = self._tensors("weight"), self._tensors("bias")
-        if not self._buffers or torch.is_grad_enabled() and any(part.requires_grad for part in (*weights, *biases)):
-            # The packed tensors have no history that would lead gradients to the parts.
+        differentiated = torch.is_grad_enabled() and any(part.requires_grad for part in (*weights, *biases))
+        # The packed tensors have no history that would lead gradients to the parts.
+        if differentiated or len(self._buffers) < 2:
             return F.linear(x, torch.cat(weights), torch.cat(biases))
         return F.linear(x, self.weight, self.bias)
-
-
-def _rows(packed: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    return packed.split([len(tensor) for tensor in tensors])
 
 
 def compilation_config(compile: bool | CompilationConfig) -> CompilationConfig:
