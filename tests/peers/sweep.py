@@ -45,9 +45,7 @@ def outcome(model_class: Any) -> dict[str, str]:
     return {"outcome": "passed", "message": ""}
 
 
-def _assert_agree(
-    ours: list[Tensor], exact: list[Tensor], theirs: list[Tensor], arguments: dict[str, Tensor]
-) -> None:
+def _assert_agree(ours: list[Tensor], exact: list[Tensor], theirs: list[Tensor], arguments: dict[str, Tensor]) -> None:
     for ours_one, exact_one, theirs_one in zip(ours, exact, theirs, strict=True):
         kept = torch.ones((), dtype=torch.bool)
         mask = arguments.get("pixel_attention_mask")

@@ -9,7 +9,9 @@ from typing import Any
 from tests.peers.comparison import Comparison
 
 
-def record(comparison: Comparison, *, source: str, versions: dict[str, str], date: str, seconds: float) -> dict[str, Any]:
+def record(
+    comparison: Comparison, *, source: str, versions: dict[str, str], date: str, seconds: float
+) -> dict[str, Any]:
     """A suite's result, ready for JSON; failures are named, agreements counted."""
     return {
         "source": source,

@@ -11,8 +11,6 @@ from unittest import mock
 from torch import nn
 from vit_encoder.integrations.transformers import apply_to_llama4, apply_to_qwen2_5_vl, register_attention
 
-RUNS = ("stock", "vit_varlen", "applied")
-
 
 @contextmanager
 def swapped(run: str) -> Iterator[None]:
