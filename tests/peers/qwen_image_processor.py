@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from tests.peers.suite_loading import TRANSFORMERS, load_transformers_tests, cases_of
+from tests.peers.suite_loading import TRANSFORMERS, cases_of, load_transformers_tests
 
 load_transformers_tests(Path(os.environ["PEERS_TRANSFORMERS"]))
 _suite = importlib.import_module(f"{TRANSFORMERS}.models.qwen2_vl.test_image_processing_qwen2_vl")

@@ -22,9 +22,11 @@ class Suite:
     in_vllm: bool = False
 
 
-_PATCHED = {"applied": ("llama4", "qwen2")}
+_PATCHED: dict[str, tuple[str, ...]] = {"applied": ("llama4", "qwen2")}
 SUITES = {
-    "transformers-common": Suite("transformers_common.py", "transformers", ("stock", "vit_varlen", "applied"), _PATCHED),
+    "transformers-common": Suite(
+        "transformers_common.py", "transformers", ("stock", "vit_varlen", "applied"), _PATCHED,
+    ),
     "transformers-models": Suite(
         "transformers_models.py", "transformers", ("stock", "vit_varlen", "applied"), _PATCHED,
         needs="tests/models/llama4/test_modeling_llama4.py",

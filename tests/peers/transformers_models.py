@@ -6,7 +6,7 @@ import importlib
 import os
 from pathlib import Path
 
-from tests.peers.suite_loading import TRANSFORMERS, load_transformers_tests, cases_of
+from tests.peers.suite_loading import TRANSFORMERS, cases_of, load_transformers_tests
 
 _MODELS = ("llama4", "qwen2_5_vl", "siglip", "clip", "pixtral")
 
