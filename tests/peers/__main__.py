@@ -115,7 +115,11 @@ def _outcomes(name: str, suite: Suite, run: str, folders: dict[str, Path]) -> tu
     out, log = CACHE / f"{name}-{run}.json", CACHE / f"{name}-{run}.log"
     out.unlink(missing_ok=True)
     print(f"== {name}, {run}: running, log in {log.relative_to(ROOT)}", flush=True)
-    command = [_python(suite), "-m", *(["tests.peers.sweep"] if name == "sweep" else ["pytest", str(HERE / suite.file)])]
+    command = [
+        _python(suite),
+        "-m",
+        *(["tests.peers.sweep"] if name == "sweep" else ["pytest", str(HERE / suite.file)]),
+    ]
     if words := suite.selected.get(run):
         command += ["-k", " or ".join(words)]
     with log.open("w") as stream:
@@ -186,8 +190,9 @@ def _problems(title: str, comparison: Comparison) -> list[str]:
         f"{len(comparison.failed)} failed, {sum(comparison.not_compared.values())} not compared",
         flush=True,
     )
-    failed = [f"{title}: {test}: {message:.300}" for test, message in comparison.failed.items()]
-    return failed + [f"{title}: allowed.toml: no failure needs this any more: {reason}" for reason in comparison.stale]
+    problems = [f"{title}: {test}: {message:.300}" for test, message in comparison.failed.items()]
+    problems += [f"{title}: allowed.toml: no failure needs this any more: {reason}" for reason in comparison.stale]
+    return problems if comparison.agreed else [*problems, f"{title}: no test agreed: nothing was compared"]
 
 
 if __name__ == "__main__":

@@ -52,7 +52,9 @@ def read_allowed(path: Path) -> list[Allowed]:
     entries: list[dict[str, Any]] = tomllib.loads(path.read_text(encoding="utf-8"))["allowed"]
     for number, entry in enumerate(entries, 1):
         if set(entry) != {"suite", "tests", "message", "reason"} or not all(entry.values()):
-            raise ValueError(f"{path.name}: entry {number}: got {sorted(entry)}, expected message, reason, suite, tests")
+            raise ValueError(
+                f"{path.name}: entry {number}: got {sorted(entry)}, expected message, reason, suite, tests"
+            )
     return [Allowed(**(entry | {"tests": tuple(entry["tests"])})) for entry in entries]
 
 

@@ -70,7 +70,9 @@ def _get(url: str, name: str) -> bytes:
         with urllib.request.urlopen(urllib.request.Request(url, headers={"Accept": "text/html, */*"})) as response:
             return bytes(response.read())
     except (OSError, urllib.error.URLError) as error:
-        raise DownloadError(f"{name}: the package index could not be read ({error}); name a checkout instead") from error
+        raise DownloadError(
+            f"{name}: the package index could not be read ({error}); name a checkout instead"
+        ) from error
 
 
 class _Links(HTMLParser):

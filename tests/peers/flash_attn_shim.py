@@ -56,14 +56,16 @@ def flash_attn_varlen_func(
 
 def flash_attn_varlen_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Any:
     """kv: [tokens, 2, heads, head_dim]."""
-    return flash_attn_varlen_func(q, *kv.unbind(1), *args, **kwargs)
+    k, v = kv.unbind(1)
+    return flash_attn_varlen_func(q, k, v, *args, **kwargs)
 
 
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *args: Any, **kwargs: Any
 ) -> Any:
     """qkv: [tokens, 3, heads, head_dim]."""
-    return flash_attn_varlen_func(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
+    q, k, v = qkv.unbind(1)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
 
 
 def _not_ours(*args: Any, **kwargs: Any) -> None:
@@ -79,8 +81,8 @@ def install(folder: Path) -> None:
     for name in ("flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func", "flash_attn_with_kvcache"):
         setattr(package, name, _not_ours)
     sys.modules["flash_attn"] = package
-    for name, function in (("flash_attn_interface", "_get_block_size_n"), ("layers.rotary", "apply_rotary_emb")):
+    for name, lacking in (("flash_attn_interface", "_get_block_size_n"), ("layers.rotary", "apply_rotary_emb")):
         module = ModuleType(f"flash_attn.{name}")
-        setattr(module, function, _not_ours)
+        setattr(module, lacking, _not_ours)
         sys.modules[module.__name__] = module
     load_file("flash_attn.bert_padding", folder / "flash_attn/bert_padding.py")

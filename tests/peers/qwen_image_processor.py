@@ -10,11 +10,11 @@ from unittest import mock
 
 import pytest
 
-from tests.peers.suite_loading import TRANSFORMERS, load_transformers_tests, test_cases
+from tests.peers.suite_loading import TRANSFORMERS, cases_of, load_transformers_tests
 
 load_transformers_tests(Path(os.environ["PEERS_TRANSFORMERS"]))
 _suite = importlib.import_module(f"{TRANSFORMERS}.models.qwen2_vl.test_image_processing_qwen2_vl")
-globals().update(dict(test_cases(_suite)))
+globals().update(dict(cases_of(_suite)))
 
 
 @pytest.fixture(scope="session", autouse=True)

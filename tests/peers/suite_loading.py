@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,7 +67,7 @@ def narrow_parameters(test: Callable[..., None], kept: dict[str, Callable[[Any],
     ]
 
 
-def test_cases(module: ModuleType) -> Iterator[tuple[str, type]]:
+def cases_of(module: ModuleType) -> Iterator[tuple[str, type]]:
     """The unittest classes that a module defines itself."""
     for name, thing in vars(module).items():
         if isinstance(thing, type) and thing.__module__ == module.__name__ and hasattr(thing, "run"):

@@ -16,15 +16,17 @@ class Suite:
     runs: tuple[str, ...]
     """`stock` first where there is a run without ours."""
     selected: dict[str, tuple[str, ...]]
-    """Run: words of which a test's name must hold one, where the run concerns only some tests."""
+    """Run: lower-case words of which a test's name must hold one, where the run concerns only some tests."""
     needs: str = ""
     """A file that only a checkout has, without which the suite does not run."""
     in_vllm: bool = False
 
 
-_PATCHED = {"applied": ("Llama4", "Qwen2")}
+_PATCHED: dict[str, tuple[str, ...]] = {"applied": ("llama4", "qwen2")}
 SUITES = {
-    "transformers-common": Suite("transformers_common.py", "transformers", ("stock", "vit_varlen", "applied"), _PATCHED),
+    "transformers-common": Suite(
+        "transformers_common.py", "transformers", ("stock", "vit_varlen", "applied"), _PATCHED,
+    ),
     "transformers-models": Suite(
         "transformers_models.py", "transformers", ("stock", "vit_varlen", "applied"), _PATCHED,
         needs="tests/models/llama4/test_modeling_llama4.py",
@@ -49,4 +51,4 @@ def lacking(suite: Suite, folders: dict[str, Path]) -> str | None:
 def selector(suite: Suite, run: str) -> Callable[[str], bool]:
     """Whether a run concerns the test of a name."""
     words = suite.selected.get(run)
-    return lambda test: words is None or any(word in test for word in words)
+    return lambda test: words is None or any(word in test.lower() for word in words)

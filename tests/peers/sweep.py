@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import signal
-import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from vit_kernels.testing import assert_close_to_reference
 
 from experiments.peers import allow_torchvision_beside_cpu_torch
 from tests.peers.installed import versions
-from tests.peers.sweep_models import NotBuilt, inputs, small_model, vision_classes
+from tests.peers.sweep_models import NotBuiltError, inputs, small_model, vision_classes
 
 _SECONDS = 60
 
@@ -36,18 +35,16 @@ def outcome(model_class: Any) -> dict[str, str]:
             arguments, exact, theirs = _stock(model)
             ours, calls = _ours(model, arguments)
             if not calls:
-                raise NotBuilt("it does not ask the attention interface with these inputs")
+                raise NotBuiltError("it does not ask the attention interface with these inputs")
             _assert_agree(ours, exact, theirs, arguments)
-    except NotBuilt as error:
+    except NotBuiltError as error:
         return {"outcome": "skipped", "message": f"{model_class.__name__}: {error}"}
     except Exception as error:
         return {"outcome": "failed", "message": f"{type(error).__name__}: {error}\n{traceback.format_exc()}"}
     return {"outcome": "passed", "message": ""}
 
 
-def _assert_agree(
-    ours: list[Tensor], exact: list[Tensor], theirs: list[Tensor], arguments: dict[str, Tensor]
-) -> None:
+def _assert_agree(ours: list[Tensor], exact: list[Tensor], theirs: list[Tensor], arguments: dict[str, Tensor]) -> None:
     for ours_one, exact_one, theirs_one in zip(ours, exact, theirs, strict=True):
         kept = torch.ones((), dtype=torch.bool)
         mask = arguments.get("pixel_attention_mask")
@@ -63,11 +60,11 @@ def _stock(model: nn.Module) -> tuple[dict[str, Tensor], list[Tensor], list[Tens
     for arguments in inputs(model):
         try:
             return arguments, _outputs(model, arguments, torch.float64), _outputs(model, arguments, torch.float32)
-        except NotBuilt:
+        except NotBuiltError:
             raise
         except Exception as error:
             told = f"{type(error).__name__}: {error}"
-    raise NotBuilt(f"it fails with sdpa too: {told}")
+    raise NotBuiltError(f"it fails with sdpa too: {told}")
 
 
 def _ours(model: nn.Module, arguments: dict[str, Tensor]) -> tuple[list[Tensor], int]:
@@ -104,7 +101,7 @@ class _time_limit:  # noqa: N801 (used like a function)
 
     def __enter__(self) -> None:
         def stop(number: int, frame: FrameType | None) -> None:
-            raise NotBuilt(f"it takes more than {_SECONDS} s")
+            raise NotBuiltError(f"it takes more than {_SECONDS} s")
 
         signal.signal(signal.SIGALRM, stop)
         signal.alarm(_SECONDS)
@@ -132,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -45,7 +45,7 @@ _ALSO: dict[str, dict[str, Any]] = {
 _EMBEDDED = ("hidden_states", "inputs_embeds")
 
 
-class NotBuilt(Exception):
+class NotBuiltError(Exception):
     """A class that the sweep has no small model or no inputs of, and why."""
 
 
@@ -85,16 +85,16 @@ def small_model(model: Any) -> nn.Module:
     """A model of the class with two layers or so, in eval mode, with weights that make attention far from flat.
 
     Raises:
-        NotBuilt: its configuration does not shrink by these names.
+        NotBuiltError: its configuration does not shrink by these names.
     """
     config = _shrunk(model.config_class)
     try:
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in model(config).parameters())
     except Exception as error:
-        raise NotBuilt(f"its configuration is refused: {type(error).__name__}: {error}") from error
+        raise NotBuiltError(f"its configuration is refused: {type(error).__name__}: {error}") from error
     if size > _LARGEST:
-        raise NotBuilt(f"it has {size} parameters after shrinking")
+        raise NotBuiltError(f"it has {size} parameters after shrinking")
     return _initialised(model(config))
 
 
@@ -102,7 +102,7 @@ def _shrunk(config_class: Any) -> Any:
     try:
         default = config_class()
     except Exception as error:
-        raise NotBuilt(f"its configuration has no defaults: {type(error).__name__}: {error}") from error
+        raise NotBuiltError(f"its configuration has no defaults: {type(error).__name__}: {error}") from error
     known = vars(default)
     sizes = {name: size for name, size in _SIZES.items() if isinstance(known.get(name), type(size))}
     if isinstance(known.get("depths"), list | tuple):
@@ -117,7 +117,7 @@ def _shrunk(config_class: Any) -> Any:
     try:
         return _with_outputs(config_class, sizes | parts | _ALSO.get(config_class.__name__, {}), known)
     except Exception as error:
-        raise NotBuilt(f"its configuration is refused: {type(error).__name__}: {error}") from error
+        raise NotBuiltError(f"its configuration is refused: {type(error).__name__}: {error}") from error
 
 
 def _with_outputs(config_class: Any, sizes: dict[str, Any], known: dict[str, Any]) -> Any:
@@ -145,7 +145,7 @@ def inputs(model: Any) -> Iterator[dict[str, Tensor]]:
     """What its forward may take, floating tensors in float64: images, videos, patches or embeddings.
 
     Raises:
-        NotBuilt: it takes an argument that this does not know.
+        NotBuiltError: it takes an argument that this does not know.
     """
     parameters = inspect.signature(model.forward).parameters
     required = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
@@ -155,7 +155,7 @@ def inputs(model: Any) -> Iterator[dict[str, Tensor]]:
         known = _others(config, pixels) | dict.fromkeys(("pixel_values", "pixel_values_videos"), pixels)
         known |= dict.fromkeys(_EMBEDDED, pixels if "grid_thw" in parameters else _normal(2, 8, 64))
         if unknown := sorted(required - set(known)):
-            raise NotBuilt(f"its forward takes {', '.join(unknown)}")
+            raise NotBuiltError(f"its forward takes {', '.join(unknown)}")
         optional = {"pixel_values", "grid_thw", "image_grid_thw", "input_ids", "noise"}
         yield {name: known[name] for name in parameters if name in required | optional and name in known}
 

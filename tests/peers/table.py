@@ -9,7 +9,9 @@ from typing import Any
 from tests.peers.comparison import Comparison
 
 
-def record(comparison: Comparison, *, source: str, versions: dict[str, str], date: str, seconds: float) -> dict[str, Any]:
+def record(
+    comparison: Comparison, *, source: str, versions: dict[str, str], date: str, seconds: float
+) -> dict[str, Any]:
     """A suite's result, ready for JSON; failures are named, agreements counted."""
     return {
         "source": source,
@@ -38,9 +40,9 @@ def _table(records: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Peers' own suites on ours",
         "",
-        "Written by `./scripts/test_peers.sh`. A test counts as agreed where it passes with the peer alone and with ours;",
-        "as allowed where ours refuses it for a reason of `tests/peers/allowed.toml`; as not compared where it is skipped",
-        "or fails with the peer alone too.",
+        "Written by `./scripts/test_peers.sh`. A test counts as agreed where it passes with the peer alone and with",
+        "ours; as allowed where ours refuses it for a reason of `tests/peers/allowed.toml`; as not compared where it",
+        "is skipped or fails with the peer alone too, and, in the sweep, where a class has no small model.",
         "",
         "| suite | from | date | agreed | allowed | failed | not compared | s |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",

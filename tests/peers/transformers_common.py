@@ -119,13 +119,13 @@ class PixtralTester(Tester):
         return super().inputs() | {"image_sizes": sizes}
 
 
-class VisionTests(common.ModelTesterMixin):  # type: ignore[misc]
+class VisionTests(common.ModelTesterMixin):
     """The common tests of an encoder without text: it embeds no tokens."""
 
     test_resize_embeddings = False
     make_tester: type[Tester]
 
-    def setUp(self) -> None:  # noqa: N802 (unittest's name)
+    def setUp(self) -> None:
         """A tester for each test."""
         self.model_tester = self.make_tester()
 

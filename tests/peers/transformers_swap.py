@@ -11,8 +11,6 @@ from unittest import mock
 from torch import nn
 from vit_encoder.integrations.transformers import apply_to_llama4, apply_to_qwen2_5_vl, register_attention
 
-RUNS = ("stock", "vit_varlen", "applied")
-
 
 @contextmanager
 def swapped(run: str) -> Iterator[None]:
@@ -27,7 +25,7 @@ def _is_vision(model: Any) -> bool:
 
 @contextmanager
 def _attention_forced() -> Iterator[None]:
-    """`sdpa`, asked for or by default, is `vit_varlen` in vision models; `eager` stays, and is what it is compared to."""
+    """`sdpa`, asked for or by default, is `vit_varlen` in vision models; `eager` stays, to be compared with."""
     from transformers import PreTrainedModel
 
     register_attention()
@@ -71,11 +69,13 @@ def _encoders_applied() -> Iterator[None]:
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(loaded)))
         for vision in appliers:
-            patches.enter_context(mock.patch.object(vision, "__init__", _then(vision.__init__, apply)))
+            patches.enter_context(mock.patch.object(vision, "__init__", _then(vision, apply)))
         yield
 
 
-def _then(init: Callable[..., None], apply: Callable[[nn.Module], None]) -> Callable[..., None]:
+def _then(vision: Any, apply: Callable[[nn.Module], None]) -> Callable[..., None]:
+    init = vision.__init__
+
     @functools.wraps(init)
     def initialised(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
