@@ -139,13 +139,16 @@ def _runs(rows: list[tuple[slice, slice]]) -> list[tuple[slice, slice, int]]:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, sequences: int, scale: float) -> Tensor:
+    special = None
     if q.device.type == "cpu" and not (q.isfinite().all() and k.isfinite().all()):
         parts = zip(*(x.chunk(sequences) for x in (q, k, v)), strict=True)
-        return torch.cat([_attend_with_special_values(*part, scale) for part in parts])
+        special = torch.cat([_attend_with_special_values(*part, scale) for part in parts])
     grouped = q.shape[1] != k.shape[1]
     q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-    return out.transpose(1, 2).flatten(0, 1)
+    out = out.transpose(1, 2).flatten(0, 1)
+    # Finite rows keep the bits that they have without the others.
+    return out if special is None else torch.where(special.isfinite(), out, special)
 
 
 def _attend_with_special_values(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
