@@ -194,6 +194,6 @@ def misaligned(x: torch.Tensor) -> torch.Tensor:
 def test_a_misaligned_view_gives_the_same(which: int) -> None:
     q, k, v = (seeded_tensor((70, 2, 24), torch.float16, seed) for seed in range(3))
     cu_seqlens = torch.tensor([0, 30, 70], dtype=torch.int32)
-    inputs = [misaligned(x) if i == which else x for i, x in enumerate((q, k, v))]
+    odd_q, odd_k, odd_v = (misaligned(x) if i == which else x for i, x in enumerate((q, k, v)))
     with corrected_interpreter(), force_impl("triton"):
-        assert torch.equal(varlen_attention(*inputs, cu_seqlens), varlen_attention(q, k, v, cu_seqlens))
+        assert torch.equal(varlen_attention(odd_q, odd_k, odd_v, cu_seqlens), varlen_attention(q, k, v, cu_seqlens))

@@ -142,7 +142,8 @@ def test_varlen_attention(form: str, data: st.DataObject, dtype: torch.dtype, sc
     excused = attention_overflows(q, k, v, lengths, scale)
     excused |= expected.isinf() & out.isnan()
     pytorch = [x.transpose(0, 1).split(lengths, 1) for x in (q.float(), k.float(), v.float())]
-    sdpa = [F.scaled_dot_product_attention(*x, scale=max(scale, 2.0**-149)) for x in zip(*pytorch, strict=True)]
+    kept = max(scale, 2.0**-149)
+    sdpa = [F.scaled_dot_product_attention(a, b, c, scale=kept) for a, b, c in zip(*pytorch, strict=True)]
     assert_right_but(excused, out, expected, torch.cat(sdpa, 1).transpose(0, 1).to(dtype))
     expected_lse = varlen_attention_lse_reference(q, k, cu_seqlens, scale=scale)
     excused_lse = excused.all(-1).T | (expected_lse.isnan() & ~lse.isfinite())
@@ -163,8 +164,10 @@ def test_gradients_of_varlen_attention(data: st.DataObject, dtype: torch.dtype, 
     with corrected_interpreter(), force_impl("triton"), nan_filled_empty():
         out, lse = varlen_attention(q, k, v, cu_seqlens, scale=0.25, return_lse=True)
         actual = launch_backward(grad, None, q, k, v, out, lse, cu_seqlens, cu_seqlens, 0.25)
-    wide = [x.double() for x in (q, k, v, out)]
-    expected = eager_backward.eager(grad.double(), None, *wide, lse.double(), cu_seqlens, None, 0.25)
+    wide_q, wide_k, wide_v, wide_out, wide_lse = (x.double() for x in (q, k, v, out, lse))
+    expected = eager_backward.eager(
+        grad.double(), None, wide_q, wide_k, wide_v, wide_out, wide_lse, cu_seqlens, None, 0.25
+    )
     eager = eager_backward.eager(grad, None, q, k, v, out, lse, cu_seqlens, None, 0.25)
     for x, wanted, pytorch in zip(actual, expected, eager, strict=True):
         assert (x.isfinite() == wanted.isfinite()).all()
@@ -182,9 +185,9 @@ def test_a_row_of_minus_infinity_alone_is_zero_and_so_are_its_gradients(form: st
     q[1, 0, 0] = -INF
     k = seeded_tensor((length, 1, 16), torch.float32, 0).abs()
     v = seeded_tensor((length, 1, 16), torch.float32, 1)
-    inputs = [x.requires_grad_() for x in (q, k, v)]
+    q, k, v = inputs = [x.requires_grad_() for x in (q, k, v)]
     with corrected_interpreter(), force_impl(form), nan_filled_empty():
-        out, lse = varlen_attention(*inputs, boundaries(4), cu_seqlens_k=boundaries(length), return_lse=True)
+        out, lse = varlen_attention(q, k, v, boundaries(4), cu_seqlens_k=boundaries(length), return_lse=True)
         grad_q, grad_k, grad_v = torch.autograd.grad(out, inputs, torch.ones_like(out))
     assert not out[1].any()
     assert lse[0, 1] == -INF

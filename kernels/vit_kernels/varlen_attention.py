@@ -143,13 +143,25 @@ def _runs(rows: list[tuple[slice, slice]]) -> list[tuple[slice, slice, int]]:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, sequences: int, scale: float) -> Tensor:
-    grouped, dtype = q.shape[1] != k.shape[1], q.dtype
-    if dtype.itemsize == 2 and q.device.type == "cpu" and not (q.isfinite().all() and k.isfinite().all()):
-        # There SDPA in half precision makes zeros of some rows that scores of +inf make NaN.
-        q, k, v = (x.float() for x in (q, k, v))
+    special = None
+    if q.device.type == "cpu" and not (q.isfinite().all() and k.isfinite().all()):
+        parts = zip(*(x.chunk(sequences) for x in (q, k, v)), strict=True)
+        special = torch.cat([_attend_with_special_values(*part, scale) for part in parts])
+    grouped = q.shape[1] != k.shape[1]
     q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-    return out.transpose(1, 2).flatten(0, 1).to(dtype)
+    out = out.transpose(1, 2).flatten(0, 1)
+    # Finite rows keep the bits that they have without the others.
+    return out if special is None else torch.where(special.isfinite(), out, special)
+
+
+def _attend_with_special_values(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """One sequence, written out: on CPUs SDPA makes zeros of some rows whose scores are NaN or +inf."""
+    wide, group = torch.promote_types(q.dtype, torch.float32), q.shape[1] // k.shape[1]
+    queries, keys, values = (x.transpose(0, 1).to(wide) for x in (q, k, v))
+    scores = queries @ keys.repeat_interleave(group, 0).mT * scale
+    p = torch.softmax(scores, dim=-1).masked_fill(scores.amax(-1, keepdim=True) == -math.inf, 0)
+    return (p @ values.repeat_interleave(group, 0)).transpose(0, 1).to(q.dtype)
 
 
 def eager_with_lse(
