@@ -18,9 +18,9 @@ _PLAIN = ("Parameter", "Tensor", "FakeTensor", "FunctionalTensor")
 def can_nest_regions(layer: nn.Module) -> bool:
     """Whether a layer may be a nested region of the graph being traced.
 
-    Not where gradients would be wrong around it, as `compiles_regions` knows; not in `torch.compile(dynamic=True)`, which
-    makes an input of every float, such as a norm's eps: torch 2.13 cannot trace one inside a region; and not where a
-    weight wraps others (quantised or sharded), for which it has no regions.
+    Not where gradients would be wrong around it, as `compiles_regions` knows; not in `torch.compile(dynamic=True)`,
+    which makes an input of every float, such as a norm's eps: torch 2.13 cannot trace one inside a region; and not
+    where a weight wraps others (quantised or sharded), for which it has no regions.
     """
     return (
         torch.compiler.is_compiling()
