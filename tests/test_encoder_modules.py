@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import io
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,11 +23,12 @@ from torch.distributed.fsdp import (
     ShardingStrategy,
     fully_shard,
 )
+from torch.utils.checkpoint import checkpoint
 from vit_encoder import CompilationConfig, Llama4VisionConfig, Llama4VisionModel, whole_graph
 from vit_encoder.initialise import initialise_
 from vit_encoder.qwen2_5_vl import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel, reference_forward, vision_metadata
 
-from tests.qwen2_5_vl_batches import patches
+from tests.qwen2_5_vl_batches import patches, relative_error
 
 GRID = torch.tensor([[1, 8, 12], [2, 4, 4]])
 COMPILED = CompilationConfig(compile_mm_encoder=True, backend="aot_eager")
@@ -94,7 +96,7 @@ def test_sharded_by_layer(make: Make) -> None:
     assert torch.equal(actual, expected)
     actual.square().sum().backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad.full_tensor(), gradients[name], msg=name)  # type: ignore[union-attr, operator]
+        torch.testing.assert_close(parameter.grad.full_tensor(), gradients[name], msg=name)  # type: ignore[union-attr]
 
 
 @pytest.mark.usefixtures("process_group")
@@ -143,7 +145,7 @@ def offload(module: nn.Module) -> None:
 
     def put_all(tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            kind = module._parameters if name in module._parameters else module._buffers
+            kind: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
             kind[name] = nn.Parameter(tensor, requires_grad=False) if kind is module._parameters else tensor
 
     def loaded(*args: Any, **kwargs: Any) -> Any:
@@ -155,7 +157,7 @@ def offload(module: nn.Module) -> None:
 
     away = {name: tensor.detach().to("meta") for name, tensor in own.items()}
     put_all(away)
-    module.forward = loaded  # type: ignore[method-assign]
+    module.forward = loaded
 
 
 @ENCODERS
@@ -185,9 +187,37 @@ def test_a_layer_runs_on_its_own_parameters_alone(make: Make) -> None:
 
     for index, layer in enumerate(layers_of(model)):
         layer.to("meta")
-        layer.register_forward_pre_hook(lambda layer, _, index=index: bring(index, layer))  # type: ignore[misc]
+        layer.register_forward_pre_hook(lambda layer, _, index=index: bring(index, layer))
         layer.register_forward_hook(lambda layer, *_: layer.to("meta") and None)
     assert torch.equal(model(*arguments), expected)
+
+
+# Checkpointed
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+@ENCODERS
+# Dynamo looks at the gradient of whatever comes into a graph.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
+def test_layers_are_checkpointed_one_by_one(make: Make, compiled: bool, use_reentrant: bool) -> None:
+    model = make().train()
+    pixel_values, *rest = batch(model)
+    twin, plain = copy.deepcopy(model).double(), copy.deepcopy(model)
+    for layer in layers_of(model):
+        forward = torch.compile(layer.forward, backend="aot_eager") if compiled else layer.forward
+        layer.forward = partial(checkpoint, forward, use_reentrant=use_reentrant)
+    for encoder in (model, twin, plain):
+        pixels = pixel_values.to(next(encoder.parameters()).dtype)
+        encoder(pixels, *rest).square().sum().backward()
+    for (name, got), expected, exact in zip(
+        model.named_parameters(), plain.parameters(), twin.parameters(), strict=True
+    ):
+        assert got.grad is not None, name
+        assert expected.grad is not None, name
+        assert exact.grad is not None, name
+        assert relative_error(got.grad, exact.grad) <= 2 * relative_error(expected.grad, exact.grad), name
 
 
 # Wrapped and quantised
@@ -245,9 +275,9 @@ class Halved(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor, *args: Any) -> Halved:
-        made = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
         made.held = held
-        return made  # type: ignore[no-any-return]
+        return made
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["held"], None
@@ -268,7 +298,7 @@ class Halved(Tensor):
             return func(*args, **kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         assert func is torch.ops.aten.detach.default, func
         return cls(args[0].held)
 
@@ -383,11 +413,12 @@ def test_a_hook_keeps_the_projection_unrotated(make: Make) -> None:
     arguments = batch(model)
     expected = model(*arguments)
     seen: list[tuple[Tensor, Tensor]] = []
-    qkv = layers_of(model)[0].attention.qkv
-    qkv.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))  # type: ignore[operator, union-attr]
+    layer: Any = layers_of(model)[0]
+    qkv = layer.attention.qkv
+    qkv.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
     assert torch.equal(model(*arguments), expected)
     ((x, out),) = seen
-    assert torch.equal(nn.functional.linear(x, qkv.weight, qkv.bias), out)  # type: ignore[union-attr, arg-type]
+    assert torch.equal(nn.functional.linear(x, qkv.weight, qkv.bias), out)
 
 
 @ENCODERS
@@ -429,7 +460,7 @@ def test_the_first_layers_are_the_encoder_of_so_many(make: Make) -> None:
         encoder.keep_layers(99)
     encoder.keep_layers(1)
     depth = "num_hidden_layers" if make is llama4 else "depth"
-    made = type(model)(dataclasses.replace(inner(whole).config, **{depth: 1}))  # type: ignore[call-arg]
+    made = type(model)(dataclasses.replace(inner(whole).config, **{depth: 1}))
     weights = {name: p for name, p in whole.state_dict().items() if "layers." not in name or "layers.0." in name}
     last = {name: p for name, p in whole.state_dict().items() if f"layers.{len(layers_of(whole)) - 1}.norm_out" in name}
     weights |= {name.replace(f"layers.{len(layers_of(whole)) - 1}.", "layers.0."): p for name, p in last.items()}
@@ -448,7 +479,7 @@ def test_copied_pickled_and_loaded(make: Make) -> None:
     torch.save(model, file)
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=False)(*arguments), expected)
-    other = type(model)(inner(model).config)  # type: ignore[call-arg]
+    other = type(model)(inner(model).config)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.eval()(*arguments), expected)
 
@@ -481,11 +512,6 @@ def test_both_encoders_in_the_user_s_own_torch_compile(dynamic: bool | None) -> 
 
 # Default device and dtype
 
-DEFAULTS: list[Callable[[], contextlib.AbstractContextManager[Any]]] = [
-    lambda: torch.device("meta"),
-    *(lambda dtype=dtype: default_dtype(dtype) for dtype in (torch.float64, torch.float16, torch.bfloat16)),
-]
-
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
@@ -495,6 +521,12 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+DEFAULTS: list[Callable[[], contextlib.AbstractContextManager[Any]]] = [
+    lambda: torch.device("meta"),
+    *(lambda dtype=dtype: default_dtype(dtype) for dtype in (torch.float64, torch.float16, torch.bfloat16)),
+]
 
 
 @pytest.mark.parametrize("default", DEFAULTS, ids=["meta", "float64", "float16", "bfloat16"])

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from vit_encoder.compilation import compiles_regions
+
 # Names, as importing the latter two loads much of torch: they stand for a plain parameter while it is traced.
 _PLAIN = ("Parameter", "Tensor", "FakeTensor", "FunctionalTensor")
 
@@ -16,27 +18,26 @@ _PLAIN = ("Parameter", "Tensor", "FakeTensor", "FunctionalTensor")
 def can_nest_regions(layer: nn.Module) -> bool:
     """Whether a layer may be a nested region of the graph being traced.
 
-    Not under gradients, which Inductor of torch 2.13 gets wrong around regions; not in `torch.compile(dynamic=True)`,
-    which makes an input of every float, such as a norm's eps: torch 2.13 cannot trace one inside a region; and not
-    where a weight is of a class with arithmetic of its own (quantised or sharded), for which it has no regions.
+    Not where gradients would be wrong around it, as `compiles_regions` knows; not in `torch.compile(dynamic=True)`, which
+    makes an input of every float, such as a norm's eps: torch 2.13 cannot trace one inside a region; and not where a
+    weight wraps others (quantised or sharded), for which it has no regions.
     """
     return (
         torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
+        and compiles_regions()
         and torch._dynamo.config.assume_static_by_default
-        and all(map(is_plain, layer.parameters()))
+        and not any(hasattr(type(parameter), "__tensor_flatten__") for parameter in layer.parameters())
     )
-
-
-def is_plain(tensor: Tensor | None) -> bool:
-    """Whether a parameter is of no class with arithmetic of its own."""
-    return type(tensor).__name__ in _PLAIN
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something else than the module sees what it takes and gives."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(map(len, hooks)) or _has_any_global_hook()
+
+
+def _is_plain(tensor: Tensor | None) -> bool:
+    return type(tensor).__name__ in _PLAIN
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -49,8 +50,8 @@ def is_plain_linear(module: nn.Module) -> bool:
         type(module) is nn.Linear
         and "forward" not in module.__dict__
         and not has_hooks(module)
-        and is_plain(module.weight)
-        and is_plain(module.bias)
+        and _is_plain(module.weight)
+        and _is_plain(module.bias)
     )
 
 

@@ -27,7 +27,7 @@ class LayerNorm(nn.LayerNorm):
     """
 
     @property
-    def eps(self) -> float:  # type: ignore[override]
+    def eps(self) -> float:
         """1e-5; ValueError where it is set to anything else."""
         return 1e-5
 

@@ -27,7 +27,7 @@ class RMSNorm(nn.RMSNorm):
     """
 
     @property
-    def eps(self) -> float:  # type: ignore[override]
+    def eps(self) -> float:
         """1e-6; ValueError where it is set to anything else."""
         return 1e-6
 
