@@ -262,7 +262,7 @@ def test_the_boundaries_of_other_tokens_are_refused(last: int) -> None:
     compiled = torch.compile(varlen_attention_forward, backend="eager", fullgraph=True)
     q, k, v = torch.zeros(3, 1, 2, 5, 16)
     for boundaries in (own, others):
-        options = {"is_causal": False, "cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
+        options: dict[str, Any] = {"is_causal": False, "cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
         with contextlib.nullcontext() if boundaries is own else pytest.raises(RuntimeError, match="cu_seq_lens_q: exp"):
             compiled(nn.Module(), q, k, v, None, **options)
 
