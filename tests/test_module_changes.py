@@ -318,8 +318,16 @@ def test_frozen_parameters_refuse_gradients_at_every_call() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    ["re-registered parameter", "parametrised", "wrapped", "another class", "another width"]
-    + ["another forward", "re-registered buffer", "buffer becomes a parameter"],
+    [
+        "re-registered parameter",
+        "parametrised",
+        "wrapped",
+        "another class",
+        "another width",
+        "another forward",
+        "re-registered buffer",
+        "buffer becomes a parameter",
+    ],
 )
 @torch.no_grad()
 def test_frozen_parameters_leave_every_other_guard(change: str) -> None:
