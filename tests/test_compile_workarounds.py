@@ -257,6 +257,12 @@ def test_a_caller_s_own_compilation_inlines_the_regions_under_gradients() -> Non
         torch.testing.assert_close(compiled[name], expected, rtol=1e-3, atol=1e-4)
 
 
+def entered(workaround: Callable[[], Any]) -> None:
+    """Enter and leave."""
+    with workaround():
+        pass
+
+
 @pytest.mark.parametrize(
     "workaround", [regions_inferred_once, first_instruction_set, gradients_around_regions], ids=lambda f: f.__name__
 )
@@ -268,11 +274,8 @@ def test_an_unknown_form_of_torch_compiles_without_after_one_warning(
     known = getattr(workarounds, name)
     monkeypatch.setattr(workarounds, name, lambda: {**known(), len: "another"})
     with pytest.warns(UserWarning, match="got another <built-in function len>") as warned:
-        for _ in range(2):
-            with workaround():
-                pass
+        list(map(entered, [workaround, workaround]))
     assert len(warned) == 1
     monkeypatch.setattr(workarounds, name, lambda: pytest.fail("another version has nothing to look at"))
     monkeypatch.setattr(workarounds, "TORCH", "2.99")
-    with workaround():
-        pass
+    entered(workaround)

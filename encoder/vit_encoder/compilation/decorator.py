@@ -69,7 +69,8 @@ def support_torch_compile(
 
     Args:
         dynamic_arg_dims: forward's argument names, and which of their dimensions vary from call to call, negative ones
-            counted from the back; by default those annotated with `DynamicDims`. None may be passed for such an argument. The first dimension of the
+            counted from the back; by default those annotated with `DynamicDims`. None may be passed for such an
+            argument. The first dimension of the
             first such argument decides which compile range a call falls into.
         mark_unbacked_dims: dimensions that are traced unbacked whatever the configuration's `dynamic_shapes` say.
         enable_if: whether to compile under a configuration.

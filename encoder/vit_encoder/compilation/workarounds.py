@@ -175,7 +175,7 @@ def gradients_around_regions() -> Iterator[None]:
 
     tag = f"{torch.compiler.config.cache_key_tag} regions keep their memory"
     with (
-        mock.patch.object(graph_compile, "collect_bw_donated_buffer_idxs", lambda *args: []),
+        mock.patch.object(graph_compile, "collect_bw_donated_buffer_idxs", return_value=[]),
         mock.patch.object(ir.InvokeSubgraph, "create", keeping),
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
         torch.compiler.config.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
