@@ -24,6 +24,9 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 class Stack(nn.Module):
     """Linear layers and a buffer."""
 
+    layers: Any
+    offset: Any
+
     def __init__(self, width: int = 8, layers: int = 2, **compilation: Any) -> None:
         super().__init__()
         compilation = {"compile_mm_encoder": True, "backend": "aot_eager", **compilation}
@@ -100,6 +103,11 @@ def hook_of_the_module(module: Stack) -> None:
     module.register_forward_hook(lambda layer, args, out: out * 2)
 
 
+def parameter_for_buffer(module: Stack) -> None:
+    del module.offset
+    module.offset = nn.Parameter(torch.full((8,), 3.0))
+
+
 CHANGES: dict[str, Callable[[Stack], Any]] = {
     "cast": lambda module: module.double(),
     "cast a layer and its input": lambda module: module.layers[1].double(),
@@ -120,10 +128,7 @@ CHANGES: dict[str, Callable[[Stack], Any]] = {
     "hook before a layer": hook_before_a_layer,
     "hook of the module": hook_of_the_module,
     "re-registered buffer": lambda module: module.register_buffer("offset", torch.zeros(1)),
-    "buffer becomes a parameter": lambda module: (
-        delattr(module, "offset"),
-        setattr(module, "offset", nn.Parameter(torch.full((8,), 3.0))),
-    ),
+    "buffer becomes a parameter": parameter_for_buffer,
 }
 
 

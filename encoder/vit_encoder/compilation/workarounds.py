@@ -166,8 +166,8 @@ def gradients_around_regions() -> Iterator[None]:
     create = ir.InvokeSubgraph.create
 
     def keeping(subgraph: Any, *operands: Any) -> Any:
-        results = create(subgraph, *operands)
-        tensors = [result for result in results if isinstance(result, ir.MultiOutput)]
+        results: list[Any] = create(subgraph, *operands)
+        tensors: list[Any] = [result for result in results if isinstance(result, ir.MultiOutput)]
         arguments = tensors[0].inputs[0].inputs if tensors else []
         kept = [x for x in (*tensors, *arguments) if not isinstance(x, ir.ShapeAsConstantBuffer)]
         V.graph.never_reuse_buffers.update(x.get_name() for x in kept)
