@@ -65,8 +65,10 @@ def _forms(model: Llama4VisionModel, pixel_values: Tensor, rounds: int) -> dict[
     def no_op(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., tuple[Tensor]]:
         return lambda *args: (out,)
 
-    model.compilation_config = CompilationConfig(compile_mm_encoder=True, backend=no_op)
-    times = {"decorated": _best(lambda: model(pixel_values), rounds)}
+    times = {}
+    for name, frozen in (("decorated, all guards", False), ("decorated, frozen_parameters", True)):
+        model.compilation_config = CompilationConfig(compile_mm_encoder=True, backend=no_op, frozen_parameters=frozen)
+        times[name] = _best(lambda: model(pixel_values), rounds)
     model.compilation_config = None
     filters: dict[str, Any] = {
         "torch.compile, all guards": None,

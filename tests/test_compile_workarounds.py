@@ -1,17 +1,28 @@
 """What is mended in torch while it compiles: done once where it was done for each layer, and as right as before."""
 
+import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._inductor import config, cpu_vec_isa
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import Library
-from vit_encoder.compilation.workarounds import first_instruction_set, regions_inferred_once
+from vit_encoder import CompilationConfig, support_torch_compile, whole_graph
+from vit_encoder.compilation import compiles_regions, workarounds
+from vit_encoder.compilation.workarounds import (
+    first_instruction_set,
+    gradients_around_regions,
+    regions_have_gradients,
+    regions_inferred_once,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -133,3 +144,138 @@ def test_a_compiler_that_can_build_for_none_of_them(asked: list[str], monkeypatc
     monkeypatch.setattr(cpu_vec_isa, "supported_vec_isa_list", cpu_vec_isa.supported_vec_isa_list[:1])
     with first_instruction_set():
         assert cpu_vec_isa.pick_vec_isa() is cpu_vec_isa.invalid_vec_isa
+
+
+class Block(nn.Module):
+    """A block as the encoders' are: what it adds to, and the next block's norm of it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def plain(self, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """2 x [n, width] -> 2 x [n, width]."""
+        x = x + self.down(F.gelu(self.up(normed)))
+        return x, self.norm(x)
+
+    region = torch.compiler.nested_compile_region(plain)
+
+
+@support_torch_compile(dynamic_arg_dims={"x": 0})
+class Blocks(nn.Module):
+    """Blocks with work around them of the same size, for Inductor to reuse their memory."""
+
+    def __init__(self, **compilation: Any) -> None:
+        super().__init__()
+        self.compilation_config = CompilationConfig(compile_mm_encoder=True, **compilation)
+        self.embed, self.head = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.norm = nn.LayerNorm(16)
+        self.blocks = nn.ModuleList(Block(16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, 16] -> [n, 16]."""
+        x = self.embed(x)
+        # One tensor as two arguments of a region loses gradients in AOTAutograd of torch 2.13.
+        normed = self.norm(x)
+        for block in self.blocks:
+            x, normed = (block.region if compiles_regions() else block.plain)(x, normed)  # type: ignore[operator]
+        return self.head(F.gelu(self.head(normed)))
+
+
+def gradients(call: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Of a square's sum, by the parameters' names."""
+    module.zero_grad()
+    call(x).square().sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in module.named_parameters() if parameter.grad is not None}
+
+
+def wrong_gradients(module: nn.Module, x: Tensor) -> list[str]:
+    """The parameters whose gradients are not those of the eager module, by far more than rounding."""
+    compiled, eager = gradients(module, module, x), gradients(module.forward, module, x)
+    return [name for name in eager if (compiled[name] - eager[name]).norm() > 1e-3 * eager[name].norm()]
+
+
+def regions_of(module: nn.Module) -> int:
+    """How many region calls the module's graph with gradients has."""
+    calls: list[int] = []
+    lookup = torch._dynamo.lookup_backend
+
+    def counting(name: Any) -> Any:
+        def backend(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
+            calls.append(sum("invoke_subgraph" in str(node.target) for node in graph.graph.nodes))
+            return lookup(name)(graph, inputs, **options)
+
+        return backend
+
+    with mock.patch("torch._dynamo.lookup_backend", counting):
+        module(torch.ones(2, 16))
+    return calls[0]
+
+
+@pytest.mark.parametrize("dynamic_shapes", ["unbacked", "backed_size_oblivious"])
+@pytest.mark.parametrize("seed", range(2))
+def test_gradients_around_regions_are_right(dynamic_shapes: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    module = Blocks(dynamic_shapes=dynamic_shapes)
+    graphs = whole_graph() if dynamic_shapes == "unbacked" else contextlib.nullcontext()
+    with graphs:
+        for rows in (5, 1, 3):
+            assert wrong_gradients(module, torch.randn(rows, 16)) == []
+
+
+def test_with_gradients_too_the_graph_calls_the_regions() -> None:
+    assert regions_have_gradients()
+    assert regions_of(Blocks()) == 3
+
+
+# Caches are off: they would take the right code for the wrong.
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
+def test_gradients_around_regions_are_wrong_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workarounds, "gradients_around_regions", contextlib.nullcontext)
+    torch.manual_seed(0)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        assert wrong_gradients(Blocks(), torch.randn(5, 16)), "torch is right by itself: the workaround is not needed"
+
+
+def test_the_backward_may_be_run_twice() -> None:
+    module = Blocks()
+    out = module(torch.randn(5, 16)).sum()
+    out.backward(retain_graph=True)
+    first = module.embed.weight.grad
+    assert first is not None
+    first = first.clone()
+    out.backward()
+    torch.testing.assert_close(module.embed.weight.grad, 2 * first)
+
+
+def test_a_caller_s_own_compilation_inlines_the_regions_under_gradients() -> None:
+    torch.manual_seed(0)
+    module, x = Blocks(), torch.randn(5, 16)
+    compiled = gradients(torch.compile(module), module, x)
+    for name, expected in gradients(module.forward, module, x).items():
+        torch.testing.assert_close(compiled[name], expected, rtol=1e-3, atol=1e-4)
+
+
+def entered(workaround: Callable[[], Any]) -> None:
+    """Enter and leave."""
+    with workaround():
+        pass
+
+
+@pytest.mark.parametrize(
+    "workaround", [regions_inferred_once, first_instruction_set, gradients_around_regions], ids=lambda f: f.__name__
+)
+def test_an_unknown_form_of_torch_compiles_without_after_one_warning(
+    workaround: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"regions_inferred_once": "_inference", "first_instruction_set": "_probing"}
+    name = parts.get(workaround.__name__, "_gradients")
+    known = getattr(workarounds, name)
+    monkeypatch.setattr(workarounds, name, lambda: {**known(), len: "another"})
+    with pytest.warns(UserWarning, match="got another <built-in function len>") as warned:
+        list(map(entered, [workaround, workaround]))
+    assert len(warned) == 1
+    monkeypatch.setattr(workarounds, name, lambda: pytest.fail("another version has nothing to look at"))
+    monkeypatch.setattr(workarounds, "TORCH", "2.99")
+    entered(workaround)

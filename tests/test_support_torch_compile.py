@@ -33,6 +33,17 @@ class Doubled(nn.Module):
             raise ValueError(f"x: got rank {x.dim()}, expected 1")
 
 
+@support_torch_compile(dynamic_arg_dims={"x": 0})
+class Bare(nn.Module):
+    """x, unchecked."""
+
+    compilation_config = ON
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n] -> [n]."""
+        return x + 1
+
+
 def test_arguments_by_position_by_name_and_none() -> None:
     module, x = Doubled(), torch.ones(3)
     with torch.no_grad(), compilation_counter.expect(graphs_seen=3):
@@ -80,8 +91,6 @@ def test_a_subclass_with_an_argument_of_its_own() -> None:
 
 
 def test_what_forward_reads_besides_its_tensors_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards on code are dropped; those on values, attributes and the parts of a module are not."""
-
     class Activated(Doubled):
         def __init__(self) -> None:
             super().__init__()
@@ -103,8 +112,6 @@ def test_what_forward_reads_besides_its_tensors_is_guarded(monkeypatch: pytest.M
 
 
 def test_parameters_that_become_none_or_of_another_kind_compile_again() -> None:
-    """Their guards, on the type too, are replaced by one check of all of them."""
-
     class Normed(Doubled):
         def __init__(self) -> None:
             super().__init__()
@@ -191,3 +198,29 @@ def test_counter_expectations_fail_and_name_what_is_unknown() -> None:
         Doubled(compilation_config=None)(torch.ones(1))
     with pytest.raises(TypeError, match="expect: got graphs, expected names among models_seen, graphs_seen"):
         compilation_counter.expect(graphs=1).__enter__()
+
+
+def test_dimensions_counted_from_the_back() -> None:
+    @support_torch_compile(dynamic_arg_dims={"x": (-2, 0)}, mark_unbacked_dims={"x": -1})
+    class Summed(nn.Module):
+        compilation_config = ON
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sum()
+
+    module = Summed()
+    with torch.no_grad(), whole_graph():
+        for rows, columns in ((2, 3), (1, 7), (5, 1)):
+            assert module(torch.ones(rows, columns)) == rows * columns
+    with pytest.raises(ValueError, match=r"x: got shape \(3,\), expected one with the dynamic dimension -2"):
+        module(torch.ones(3))
+
+
+def test_dynamic_dimensions_that_an_argument_does_not_have() -> None:
+    with pytest.raises(TypeError, match="x: got list, expected a tensor"):
+        Bare()([1.0])
+    with pytest.raises(ValueError, match=r"x: got shape \(\), expected one with the dynamic dimension 0"):
+        Bare()(torch.tensor(1.0))
+    for dims in ({"input": "0"}, {"input": ()}, {"input": (True,)}, {"input": 1.0}):
+        with pytest.raises(TypeError, match=r"dynamic_arg_dims: got .* for input, expected one or more ints"):
+            support_torch_compile(dynamic_arg_dims=dims)(type("Linear", (nn.Linear,), {}))  # type: ignore[arg-type]

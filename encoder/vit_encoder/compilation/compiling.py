@@ -7,7 +7,7 @@ import inspect
 import itertools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -97,10 +97,15 @@ class _MustCompile(Exception):  # noqa: N818 (it never reaches a caller)
 
 
 @contextlib.contextmanager
-def _compiling(config: CompilationConfig) -> Any:
+def _compiling(config: CompilationConfig) -> Iterator[None]:
     """What Dynamo is told while it traces; telling it takes too long for every call."""
-    # By default hooks that a module gets after its graph was made are ignored.
-    dynamo = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, optimize_ddp=False, specialize_float=True)
+    options = {"optimize_ddp": False, "specialize_float": True}
+    # Of itself Dynamo ignores hooks that a module gets after its graph was made.
+    options["skip_nnmodule_hook_guards"] = config.frozen_parameters
+    # Else references to the parameters stay, and those of a tensor subclass cannot be moved. Not in torch 2.11.
+    if isinstance(config.backend, str) and hasattr(torch._dynamo.config, "invalidate_compile_context_weakrefs"):
+        options["invalidate_compile_context_weakrefs"] = True
+    dynamo = torch._dynamo.config.patch(options)
     oblivious = config.dynamic_shapes == "backed_size_oblivious"
     outer, surroundings.may_compile = surroundings.may_compile, True
     try:

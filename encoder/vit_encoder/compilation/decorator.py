@@ -69,7 +69,8 @@ def support_torch_compile(
 
     Args:
         dynamic_arg_dims: forward's argument names, and which of their dimensions vary from call to call, negative ones
-            counted from the back; by default those annotated with `DynamicDims`. None may be passed for such an argument. The first dimension of the
+            counted from the back; by default those annotated with `DynamicDims`. None may be passed for such an
+            argument. The first dimension of the
             first such argument decides which compile range a call falls into.
         mark_unbacked_dims: dimensions that are traced unbacked whatever the configuration's `dynamic_shapes` say.
         enable_if: whether to compile under a configuration.
@@ -119,7 +120,7 @@ def _checked_dims(cls: type[nn.Module], name: str, dims: Dims) -> dict[str, tupl
         raise ValueError(
             f"{name}: got {', '.join(unknown)}, expected arguments of {cls.__name__}.forward: {', '.join(parameters)}"
         )
-    found = {argument: (of,) if isinstance(of, int) else tuple(of) for argument, of in dims.items()}
+    found = {argument: tuple(of) if isinstance(of, Sequence) else (of,) for argument, of in dims.items()}
     for argument, of in found.items():
         if not of or not all(type(dim) is int for dim in of):
             raise TypeError(f"{name}: got {dims[argument]!r} for {argument}, expected one or more ints")
@@ -308,6 +309,11 @@ def dims_of(name: str, tensor: Tensor, dims: tuple[int, ...]) -> tuple[int, ...]
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected one with the dynamic dimension {dim}")
         if tensor.shape[dim] == 0:
             raise ValueError(f"{name}: got size 0 in dimension {dim} of {tuple(tensor.shape)}, expected at least 1")
+    return _from_the_front(dims, rank)
+
+
+@functools.cache
+def _from_the_front(dims: tuple[int, ...], rank: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(dim % rank for dim in dims))
 
 
@@ -326,7 +332,7 @@ def _mark(alias: Tensor, dims: tuple[int, ...], shapes: DynamicShapes, between: 
         return
     mark = torch._dynamo.decorators.mark_unbacked if shapes == "unbacked" else torch._dynamo.mark_dynamic
     if between == (1, MAX_INT):
-        mark(alias, dims)
+        for dim in dims:
+            mark(alias, dim)
     else:
         mark(alias, dims[0], min=low, max=None if high == MAX_INT else high)
-

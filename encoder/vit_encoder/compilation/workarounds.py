@@ -166,8 +166,8 @@ def gradients_around_regions() -> Iterator[None]:
     create = ir.InvokeSubgraph.create
 
     def keeping(subgraph: Any, *operands: Any) -> Any:
-        results = create(subgraph, *operands)
-        tensors = [result for result in results if isinstance(result, ir.MultiOutput)]
+        results: list[Any] = create(subgraph, *operands)
+        tensors: list[Any] = [result for result in results if isinstance(result, ir.MultiOutput)]
         arguments = tensors[0].inputs[0].inputs if tensors else []
         kept = [x for x in (*tensors, *arguments) if not isinstance(x, ir.ShapeAsConstantBuffer)]
         V.graph.never_reuse_buffers.update(x.get_name() for x in kept)
@@ -175,7 +175,7 @@ def gradients_around_regions() -> Iterator[None]:
 
     tag = f"{torch.compiler.config.cache_key_tag} regions keep their memory"
     with (
-        mock.patch.object(graph_compile, "collect_bw_donated_buffer_idxs", lambda *args: []),
+        mock.patch.object(graph_compile, "collect_bw_donated_buffer_idxs", return_value=[]),
         mock.patch.object(ir.InvokeSubgraph, "create", keeping),
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
         torch.compiler.config.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
