@@ -67,7 +67,7 @@ def define(
             return bodies[impl](x, *rest)
         # A kernel reads memory without asking: what a direct call may give it is looked at here, cheaply.
         for argument, tensor in zip(names, (x, *rest), strict=True):
-            if isinstance(tensor, torch.Tensor) and tensor.dim():
+            if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.numel():
                 _validation.check_last_dim_contiguous(argument, tensor)
         with launch_context(impl, x):
             return bodies[impl](x, *rest)
