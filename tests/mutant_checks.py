@@ -429,8 +429,11 @@ def differentiates_large_logits() -> None:
         out, lse = varlen_attention(q, k, v, case.cu, cu_seqlens_k=case.cu_k, scale=case.scale, return_lse=True)
         with nan_filled_empty():
             actual = launch(grad, case.grads[1], q, k, v, out, lse, *rest, configurations=backward_blocks(case))
+        of_lse = case.grads[1]
         expected, pytorch = (
-            eager_backward.eager(*(x.to(of) for x in (grad, case.grads[1], q, k, v, out, lse)), *rest)
+            eager_backward.eager(
+                grad.to(of), of_lse.to(of), q.to(of), k.to(of), v.to(of), out.to(of), lse.to(of), *rest
+            )
             for of in (torch.float64, dtype)
         )
         # Of one key that outweighs all others the other gradients are differences of equal numbers.

@@ -145,7 +145,7 @@ def _runs(rows: list[tuple[slice, slice]]) -> list[tuple[slice, slice, int]]:
 def _attend(q: Tensor, k: Tensor, v: Tensor, sequences: int, scale: float) -> Tensor:
     special = None
     if q.device.type == "cpu" and not (q.isfinite().all() and k.isfinite().all()):
-        parts = zip(*(x.chunk(sequences) for x in (q, k, v)), strict=True)
+        parts = zip(q.chunk(sequences), k.chunk(sequences), v.chunk(sequences), strict=True)
         special = torch.cat([_attend_with_special_values(*part, scale) for part in parts])
     grouped = q.shape[1] != k.shape[1]
     q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))
