@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import dataclasses
 import gc
@@ -30,6 +31,7 @@ from vit_encoder.compilation import (
     support_torch_compile,
     whole_graph,
 )
+from vit_encoder.compilation.context import surroundings
 from vit_encoder.llama4 import initialise_
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -407,6 +409,61 @@ def test_a_context_read_inside_a_graph_is_refused() -> None:
 
     with set_forward_context(scale=torch.ones(3)), pytest.raises(Exception, match="expected an argument of forward"):
         Reads()(torch.ones(3))
+
+
+def test_a_graph_around_a_module_hands_it_the_context() -> None:
+    @support_torch_compile(dynamic_arg_dims={"x": 0})
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+            return x if scale is None else x * scale
+
+    @support_torch_compile(dynamic_arg_dims={"x": 0})
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scaled = Scaled()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scaled(x, None) + self.scaled(x)
+
+    module, x = Around(), torch.ones(2, 3)
+    users = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for factor in (2.0, 3.0):
+            with set_forward_context(scale=torch.full((2, 1), factor)):
+                assert torch.equal(module(x), 2 * factor * x)
+                assert torch.equal(users(x), 2 * factor * x)
+                with set_forward_context(ON, scale=torch.full((2, 1), factor)):
+                    assert torch.equal(module(x), 2 * factor * x)
+        assert torch.equal(users(x), 2 * x)
+
+
+def test_a_task_has_a_context_and_a_tag_of_its_own() -> None:
+    async def holds() -> None:
+        with set_forward_context(ON, scale=torch.ones(3)), set_model_tag("held"):
+            await asyncio.sleep(0.02)
+
+    async def looks() -> None:
+        await asyncio.sleep(0.01)
+        assert surroundings.context is None
+        assert surroundings.tag is None
+
+    async def both() -> None:
+        await asyncio.gather(holds(), looks())
+
+    asyncio.run(both())
+    assert surroundings.context is None
+
+
+def test_a_context_left_in_another_task_is_refused() -> None:
+    block = set_forward_context(ON)
+
+    async def enter() -> None:
+        block.__enter__()
+
+    asyncio.run(enter())
+    with pytest.raises(RuntimeError, match="set_forward_context: left in another"):
+        block.__exit__(None, None, None)
 
 
 def test_what_a_context_cannot_carry() -> None:

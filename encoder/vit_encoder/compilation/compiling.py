@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vit_encoder.compilation.artifacts import artifacts
 from vit_encoder.compilation.config import CompilationConfig, dump
-from vit_encoder.compilation.context import ModelTag, surroundings
+from vit_encoder.compilation.context import ModelTag, tracing
 from vit_encoder.compilation.counter import compilation_counter
 from vit_encoder.compilation.workarounds import workarounds
 
@@ -107,12 +107,12 @@ def _compiling(config: CompilationConfig) -> Iterator[None]:
         options["invalidate_compile_context_weakrefs"] = True
     dynamo = torch._dynamo.config.patch(options)
     oblivious = config.dynamic_shapes == "backed_size_oblivious"
-    outer, surroundings.may_compile = surroundings.may_compile, True
+    outer, tracing.may_compile = tracing.may_compile, True
     try:
         with dynamo, fx_config.patch(backed_size_oblivious=oblivious):  # type: ignore[attr-defined]
             yield
     finally:
-        surroundings.may_compile = outer
+        tracing.may_compile = outer
 
 
 def _keep_others(entries: list[Any]) -> list[bool]:
@@ -132,7 +132,7 @@ class _Backend:
         self.graphs = 0
 
     def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any], **options: Any) -> Callable[..., Any]:
-        if not surroundings.may_compile:
+        if not tracing.may_compile:
             raise _MustCompile
         compilation_counter.graphs_seen += 1
         compilation_counter.recompiles += self.graphs > 0

@@ -1,6 +1,6 @@
 """What surrounds a component: the tag it is constructed under, and the context of a forward call.
 
-Both are local to a thread. The attributes are set in `__init__`, as Dynamo asks of a threading.local.
+Both are local to a thread, and to an asyncio task of it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,16 +41,37 @@ class ForwardContext:
     attention_metadata: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class _Surroundings(threading.local):
+_tag: ContextVar[ModelTag | None] = ContextVar("vit_encoder.set_model_tag", default=None)
+_context: ContextVar[ForwardContext | None] = ContextVar("vit_encoder.set_forward_context", default=None)
+
+
+class _Surroundings(ModuleType):
+    """A module, because Dynamo reads attributes of modules without tracing how, and guards on what it read.
+
+    ContextVar.get it cannot trace.
+    """
+
+    @property
+    def tag(self) -> ModelTag | None:
+        return _tag.get()
+
+    @property
+    def context(self) -> ForwardContext | None:
+        return _context.get()
+
+
+surroundings = _Surroundings("vit_encoder.compilation.context.surroundings")
+
+
+class _Tracing(threading.local):
+    # Set in `__init__`, as Dynamo asks of a threading.local.
     def __init__(self) -> None:
-        self.tag: ModelTag | None = None
-        self.context: ForwardContext | None = None
         # Whether a call of a decorated module may compile now, and whether what it traces may call nested regions.
         self.may_compile = False
         self.has_regions = False
 
 
-surroundings = _Surroundings()
+tracing = _Tracing()
 _owners: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
 
 
@@ -58,7 +81,7 @@ def compiles_regions() -> bool:
     With gradients only a decorated module's own compilation on a version of torch where they were seen to be right says
     yes: Inductor of torch 2.13 and 2.14 is silently wrong about them by itself, in a caller's `torch.compile` too.
     """
-    return surroundings.has_regions or not torch.is_grad_enabled()
+    return tracing.has_regions or not torch.is_grad_enabled()
 
 
 @contextlib.contextmanager
@@ -74,16 +97,14 @@ def set_model_tag(tag: str, is_encoder: bool = False) -> Iterator[None]:
     Raises:
         TypeError: the tag is not a string.
         ValueError: it is empty; or, in the block, another class has the tag already.
+        RuntimeError: the block is left in another thread or task than it was entered in.
     """
     if not isinstance(tag, str):
         raise TypeError(f"tag: got {tag!r}, expected a string")
     if not tag or "/" in tag:
         raise ValueError(f"tag: got {tag!r}, expected a name without slashes")
-    outer, surroundings.tag = surroundings.tag, ModelTag(tag, is_encoder)
-    try:
+    with _set(_tag, ModelTag(tag, is_encoder), "set_model_tag"):
         yield
-    finally:
-        surroundings.tag = outer
 
 
 def claim_tag(cls: type) -> ModelTag | None:
@@ -112,6 +133,7 @@ def set_forward_context(config: CompilationConfig | None = None, **attention_met
 
     Raises:
         TypeError: a value of another type.
+        RuntimeError: the block is left in another thread or task than it was entered in.
     """
     if not isinstance(config, CompilationConfig | None):
         raise TypeError(f"config: got {type(config).__name__}, expected a CompilationConfig or None")
@@ -121,15 +143,24 @@ def set_forward_context(config: CompilationConfig | None = None, **attention_met
     outer = surroundings.context
     if config is None and outer is not None:
         config = outer.config
-    surroundings.context = ForwardContext(config, MappingProxyType(attention_metadata))
+    with _set(_context, ForwardContext(config, MappingProxyType(attention_metadata)), "set_forward_context"):
+        yield
+
+
+@contextlib.contextmanager
+def _set(variable: ContextVar[Any], value: Any, name: str) -> Iterator[None]:
+    outer = variable.get()
+    variable.set(value)
     try:
         yield
     finally:
-        surroundings.context = outer
+        if variable.get() is not value:
+            raise RuntimeError(f"{name}: left in another thread, task or order than it was entered in")
+        variable.set(outer)
 
 
 def get_forward_context() -> ForwardContext:
-    """The innermost forward context of this thread.
+    """The innermost forward context of this thread, or asyncio task.
 
     Raises:
         RuntimeError: there is none; or the call is being traced, which would capture the context's tensors and compile

@@ -22,7 +22,7 @@ from vit_encoder.compilation.config import (
     compilation_is_off,
     should_torch_compile_mm_encoder,
 )
-from vit_encoder.compilation.context import ModelTag, claim_tag, surroundings
+from vit_encoder.compilation.context import ModelTag, claim_tag, surroundings, tracing
 from vit_encoder.compilation.workarounds import regions_have_gradients
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
@@ -150,6 +150,8 @@ def _tagged(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def tagged(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         self.__dict__.setdefault("_model_tag", claim_tag(type(self)))
+        # Dynamo cannot look at a signature.
+        self.__dict__.setdefault("_forward_arguments", tuple(argument_names(type(self))))
         init(self, *args, **kwargs)
 
     return tagged
@@ -197,7 +199,7 @@ def _validated(cls: Any) -> tuple[str, ...]:
 
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
-        return self._wrapped_call_impl(*args, **kwargs)
+        return self._wrapped_call_impl(*_completed(self._forward_arguments, args, kwargs), **kwargs)
     settings, context = self._compile_settings, surroundings.context
     config = getattr(self, "compilation_config", None) or (context and context.config) or _default_config()
     metadata = context.attention_metadata if context is not None else None
@@ -208,6 +210,21 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     if _OFF or not settings.enable_if(config):
         return self._wrapped_call_impl(*args, **kwargs)
     return _run(self, settings, config, list(args), kwargs)
+
+
+def _completed(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of a call that a graph around it traces; what the context has of the missing ones joins `kwargs`.
+
+    The graph then reads and guards these tensors: another batch may compile again.
+    """
+    context = surroundings.context
+    for name, tensor in context.attention_metadata.items() if context is not None else ():
+        place = names.index(name) if name in names else len(args)
+        if place < len(args):
+            args = args if args[place] is not None else (*args[:place], tensor, *args[place + 1 :])
+        elif name in names and kwargs.get(name) is None:
+            kwargs[name] = tensor
+    return args
 
 
 def _bound(
@@ -259,11 +276,11 @@ def _run(module: Any, settings: _Settings, config: CompilationConfig, args: list
             alias = tensor if name in settings.dims else _alias(tensor)
             _mark(alias, dims, "unbacked")
             replace_by(name, alias)
-    outer, surroundings.has_regions = surroundings.has_regions, gradients and _has_regions(config)
+    outer, tracing.has_regions = tracing.has_regions, gradients and _has_regions(config)
     try:
         return compiled(index or 0, module, *args, **kwargs)
     finally:
-        surroundings.has_regions = outer
+        tracing.has_regions = outer
 
 
 def _compiled_module(module: Any, settings: _Settings, config: CompilationConfig) -> CompiledModule:
