@@ -123,8 +123,8 @@ def varlen_attention_reference(
             continue
         for head in range(q.shape[1]):
             scores = q[queries, head].double() @ k[keys, head // group].double().T * scale
-            p = torch.softmax(scores, dim=-1)
-            p[(scores == -torch.inf).all(-1)] = 0
+            keyless = (scores == -torch.inf).all(-1, keepdim=True)
+            p = torch.softmax(scores.masked_fill(keyless, 0), dim=-1).masked_fill(keyless, 0)
             out[queries, head] = p @ v[keys, head // group].double()
     return out
 
@@ -157,7 +157,7 @@ def varlen_attention_lse_reference(
             keys = k[start_k:stop_k, head * k.shape[1] // q.shape[1]].double()
             for token in range(start, stop):
                 scores = (keys * q[token, head].double()).sum(-1) * factor
-                largest = scores.max() if len(scores) else torch.tensor(0.0)
+                largest = scores.max() if len(scores) else scores.new_zeros(())
                 largest = torch.where(largest.isinf(), 0.0, largest)
                 lse[head, token] = (scores - largest).exp().sum().log() + largest
     return lse

@@ -106,7 +106,7 @@ def _compiling(config: CompilationConfig) -> Iterator[None]:
     if isinstance(config.backend, str) and hasattr(torch._dynamo.config, "invalidate_compile_context_weakrefs"):
         options["invalidate_compile_context_weakrefs"] = True
     dynamo = torch._dynamo.config.patch(options)
-    oblivious = config.dynamic_shapes == "backed_size_oblivious"
+    oblivious = config.dynamic_shapes == "backed_size_oblivious" and not torch.is_grad_enabled()
     outer, tracing.may_compile = tracing.may_compile, True
     try:
         with dynamo, fx_config.patch(backed_size_oblivious=oblivious):  # type: ignore[attr-defined]
