@@ -254,6 +254,16 @@ def rotates() -> None:
         packed.assert_padding_untouched()
 
 
+def rotates_heads_of_one_side() -> None:
+    cos, sin = (seeded_tensor((3, 12), torch.float32, seed) for seed in (3, 4))
+    x = seeded_tensor((6, 2, 24), torch.float32, 1)
+    for q, k in ((x, x[:, :0]), (x[:, :0], x)):
+        with nan_filled_empty():
+            out = triton_module("rotary_2d").launch(q, k, cos, sin, True)
+        for turned, wanted in zip(out, rotary_2d(q, k, cos, sin), strict=True):
+            assert_same(turned, wanted)
+
+
 def rotates_from_far() -> None:
     module = triton_module("rotary_2d")
     q, k = (seeded_tensor((4, 4, 16), torch.float16, seed) for seed in range(2))
@@ -400,6 +410,17 @@ def differentiates() -> None:
 
 
 @functools.cache
+def attends_under_a_scale_that_underflows() -> None:
+    """A key of infinities has no probability, at a scale that float32 would round to 0."""
+    launch, cu = triton_module("varlen_attention").launch, torch.tensor([0, 3], dtype=torch.int32)
+    q, v = torch.ones(3, 1, 24), seeded_tensor((3, 1, 24), torch.float32, 1)
+    k = torch.zeros(3, 1, 24)
+    k[0] = -torch.inf
+    blocks = forward_blocks(attention_cases()[0])
+    out = launch(q, k, v, cu, cu, 2.0**-152, configuration=blocks)
+    torch.testing.assert_close(out, v[1:].mean(0).expand(3, 1, 24))
+
+
 def steep() -> Attention:
     """Scores of a thousand, most of them below zero: exp overflows or vanishes unless the maximum is taken off."""
     case = Attention((5, 18), (35, 18), 1, 1, 24, 13, scale=40.0)
@@ -572,6 +593,7 @@ def differentiates_past_32_bits() -> None:
 FORWARD_CHECKS = (
     attends,
     attends_steeply,
+    attends_under_a_scale_that_underflows,
     multiplies_no_more_than_it_must,
     attends_more_sequences_than_are_searched_at_once,
     meets_senseless_boundaries,
@@ -591,7 +613,7 @@ CHECKS: dict[str, tuple[Callable[[], None], ...]] = {
     "strides": (factors_strides,),
     "varlen_attention": FORWARD_CHECKS,
     "varlen_attention_backward": BACKWARD_CHECKS,
-    "rotary_2d": (rotates, rotates_from_far),
+    "rotary_2d": (rotates, rotates_heads_of_one_side, rotates_from_far),
     "linear_gelu": (
         gelus,
         gelus_with_no_more_products_than_it_must,

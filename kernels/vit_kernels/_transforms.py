@@ -148,13 +148,12 @@ def autocast(op: torch._ops.OpOverload, device_type: str, names: tuple[str, ...]
 def cast_for_autocast(*tensors: Any) -> tuple[Any, ...]:
     """What torch's own matrix products do with their arguments: under autocast, cast all but float64 to its dtype."""
     first = tensors[0]
-    if (
-        isinstance(first, Tensor)
-        and first.device.type in ("cpu", "cuda")
-        and torch.is_autocast_enabled(first.device.type)
-    ):
-        return tuple(_cast(x, first.device.type) for x in tensors)
-    return tensors
+    return tuple(_cast(x, first.device.type) for x in tensors) if is_autocast(first) else tensors
+
+
+def is_autocast(x: Any) -> bool:
+    """Whether autocast is on for the device of `x`; not for what is no tensor."""
+    return isinstance(x, Tensor) and x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
 
 
 def _cast(x: Any, device_type: str) -> Any:

@@ -108,9 +108,9 @@ def separate(written: Mapping[int, str], *args: Any) -> list[Any]:
 
 
 def _addresses(x: torch.Tensor) -> tuple[int, int]:
-    """The first byte that a tensor reaches, and the one after its last."""
+    """The first byte that a tensor reaches, and the one after its last; one on the meta device reaches none."""
     first = x.data_ptr()
-    if not x.numel():
+    if not (first and x.numel()):
         return first, first
     steps = [(size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)]
     return first, first + (sum(steps) + 1) * x.itemsize

@@ -37,6 +37,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     x, weight, bias = _transforms.cast_for_autocast(x, weight, bias)
     impl = _dispatch.choose("linear_gelu", x)
     _validate(x, weight, bias, impl)
+    if impl == "eager" and _transforms.is_autocast(x):
+        # It would round the product.
+        with torch.autocast(x.device.type, enabled=False):
+            return eager(x, weight, bias)
     if impl == "eager":
         return eager(x, weight, bias)
     result: Tensor = torch.ops.vit_kernels.linear_gelu.default(x, weight, bias, impl)

@@ -142,6 +142,7 @@ class PackedLinear(nn.Module):
 
     weight: Tensor
     bias: Tensor
+    has_aliased_parameters = True
 
     def __init__(self, owner: nn.Module, *names: str) -> None:
         super().__init__()
