@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 from vit_encoder import Llama4VisionConfig, Llama4VisionModel, export, load, support_torch_compile
-from vit_encoder.compilation import DeployedModule, deployed, exporting, manifest
+from vit_encoder.compilation import DeployedModule, deployed, exporting, manifest, set_forward_context
 from vit_encoder.compilation.artifacts import package_code
 from vit_encoder.initialise import initialise_
 
@@ -633,6 +633,19 @@ def test_autocast_is_refused_by_both(small: Path, tmp_path: Path, no_compiler: N
             run(x, x)
         with torch.autocast("cpu", enabled=False):
             run(x, x)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_tensor_that_is_not_the_module_s_own_enters_an_export(tmp_path: Path, no_compiler: None) -> None:
+    x = torch.ones(2, 3)
+    with set_forward_context(y=x), pytest.raises(ValueError, match="set_forward_context: got y, expected no tensors"):
+        export(Small().eval(), [x], tmp_path / "folder")
+    module: Any = Conditional()
+    weight = module.weight
+    del module.weight
+    module.weight = weight.detach().requires_grad_()
+    with pytest.raises(ValueError, match=r"module: got \S+ that require gradients, expected these of its parameters"):
+        export(module, [torch.ones(6, 3)], tmp_path / "folder")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,11 +1,14 @@
 """The decorator keeps a module's call what it was: its arguments, its subclasses, its users' own compilation."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from vit_encoder import CompilationConfig, Llama4VisionConfig, Llama4VisionModel, compilation_counter, whole_graph
 from vit_encoder.compilation import support_torch_compile
 
@@ -44,12 +47,28 @@ class Bare(nn.Module):
         return x + 1
 
 
+@support_torch_compile(dynamic_arg_dims={"x": 0})
+class Weighted(nn.Module):
+    """A product and what is not linear."""
+
+    weight: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.compilation_config = ON
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, 4] -> [n, 4]."""
+        return (x @ self.weight).sin()
+
+
 def test_arguments_by_position_by_name_and_none() -> None:
     module, x = Doubled(), torch.ones(3)
     with torch.no_grad(), compilation_counter.expect(graphs_seen=3):
         for out in (module(x), module(x=x), module(x, None), module(x, bias=None)):
             assert out.tolist() == [2, 2, 2]
-        assert module(x, x).tolist() == [3, 3, 3]
+        assert module(x, x.clone()).tolist() == [3, 3, 3]
         assert module(torch.ones(5), bias=torch.ones(5)).tolist() == [3] * 5
         assert module(x, scale=5).tolist() == [5, 5, 5]
 
@@ -224,3 +243,76 @@ def test_dynamic_dimensions_that_an_argument_does_not_have() -> None:
     for dims in ({"input": "0"}, {"input": ()}, {"input": (True,)}, {"input": 1.0}):
         with pytest.raises(TypeError, match=r"dynamic_arg_dims: got .* for input, expected one or more ints"):
             support_torch_compile(dynamic_arg_dims=dims)(type("Linear", (nn.Linear,), {}))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"dynamic_arg_dims: got .*, expected a mapping"):
+        support_torch_compile(dynamic_arg_dims=[("input", 0)])(type("Linear", (nn.Linear,), {}))  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_that_are_not_dense_are_refused_by_name() -> None:
+    for x in (torch.ones(3).to_sparse(), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])):
+        with (
+            torch.no_grad(),
+            pytest.raises(TypeError, match=r"x: got a tensor that is nested or of layout .*, expected a"),
+        ):
+            Bare()(x)
+
+
+@pytest.mark.parametrize("config", [ON, replace(ON, frozen_parameters=True)])
+def test_one_tensor_as_two_arguments_stays_one(config: CompilationConfig) -> None:
+    @support_torch_compile(dynamic_arg_dims={"x": 0, "y": 0})
+    class Writes(nn.Module):
+        compilation_config = config
+
+        def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+            x.add_(1)
+            return x + y + z
+
+    def call(*args: Tensor) -> list[float]:
+        with torch.no_grad():
+            out: list[float] = Writes.__call__(module, *args).tolist()
+        return out
+
+    module, ones = Writes(), torch.ones(2)
+    assert call(ones.clone(), ones, ones) == [4, 4]
+    for written, expected in ((ones.clone(), [6, 6]), (ones.clone(), [6, 6])):
+        assert call(written, written, written) == expected
+        assert written.tolist() == [2, 2]
+    written = ones.clone()
+    assert call(written, ones, written) == [5, 5]
+    assert call(ones.clone(), ones, ones) == [4, 4]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch's own rules of forward mode
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_a_graph_would_lose_of_a_transform_is_refused(gradients: bool) -> None:
+    module, x = Weighted(), torch.randn(3, 4)
+    with torch.set_grad_enabled(gradients):
+        module(x)
+        with forward_ad.dual_level():
+            torch.testing.assert_close(module(x), module.forward(x))
+            with pytest.raises(ValueError, match="x: got a tensor with a tangent"):
+                module(forward_ad.make_dual(x, x))
+            weight = module.weight.detach()
+            del module.weight
+            module.weight = forward_ad.make_dual(weight, weight)
+            with pytest.raises(ValueError, match="weight: got a tensor with a tangent"):
+                module(x)
+        calls: list[Callable[[], Any]] = [
+            lambda: torch.func.vmap(module)(torch.randn(2, 3, 4)),
+            lambda: torch.func.grad(lambda x: module(x).sum())(x),
+            lambda: torch.func.jvp(module, (x,), (x,)),
+        ]
+        for call in calls:
+            with pytest.raises(ValueError, match=r"torch.func: got a compiled module called by a transform"):
+                call()
+            module.compilation_config = CompilationConfig()
+            call()
+            module.compilation_config = ON
+
+
+# torch against itself, where warnings are errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_backward_may_be_run_twice() -> None:
+    module, x = Weighted(), torch.randn(3, 4)
+    expected = torch.autograd.functional.jacobian(module.forward, x)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(module, x), expected)

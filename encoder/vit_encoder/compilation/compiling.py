@@ -19,7 +19,7 @@ from vit_encoder.compilation.artifacts import artifacts
 from vit_encoder.compilation.config import CompilationConfig, dump
 from vit_encoder.compilation.context import ModelTag, tracing
 from vit_encoder.compilation.counter import compilation_counter
-from vit_encoder.compilation.workarounds import workarounds
+from vit_encoder.compilation.workarounds import gradients_around_regions, workarounds
 
 # Otherwise all instances of a class share one limit of graphs (recompile_limit, 8), and one instance's graph counts as
 # another's recompilation. New in torch 2.13 or shortly before.
@@ -148,7 +148,10 @@ class _Backend:
         backend = torch._dynamo.lookup_backend(self.config.backend)
         if self.config.backend != "inductor":
             compilation_counter.backend_compilations += 1
-            return backend(graph, example_inputs, **options)
+            # Else torch refuses a second backward, which eager calls and Inductor under the workarounds have.
+            again = gradients_around_regions() if torch.is_grad_enabled() else contextlib.nullcontext()
+            with again:
+                return backend(graph, example_inputs, **options)
         if inductor_options := self.config.options():
             options = {"config_patches": inductor_options}
         hits = _cache_hits()

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from vit_encoder.compilation.compiling import CompiledModule
 from vit_encoder.compilation.config import (
@@ -78,10 +79,10 @@ def support_torch_compile(
 
     Raises:
         ValueError: an argument that forward does not have, no dynamic dimension at all; at a call, a dynamic dimension
-            that an argument does not have or of size 0, a size above all compile ranges, or gradients with the backend
-            "eager" or with `frozen_parameters`.
+            that an argument does not have or of size 0, a size above all compile ranges, gradients with the backend
+            "eager" or with `frozen_parameters`, a forward-mode tangent, or a torch.func transform around the call.
         TypeError: the decorated object is not an nn.Module class, or dimensions that are no ints; at a call, arguments
-            that forward does not take, or something else than a tensor for one with dynamic dimensions.
+            that forward does not take, or something else than a dense tensor for one with dynamic dimensions.
     """
 
     def decorate(cls: ModuleClass) -> ModuleClass:
@@ -115,8 +116,10 @@ def ignore_torch_compile(cls: ModuleClass) -> ModuleClass:
 
 
 def _checked_dims(cls: type[nn.Module], name: str, dims: Dims) -> dict[str, tuple[int, ...]]:
+    if not isinstance(dims, Mapping):
+        raise TypeError(f"{name}: got {dims!r}, expected a mapping of arguments to dimensions")
     parameters = argument_names(cls)
-    if unknown := sorted(set(dims) - set(parameters)):
+    if unknown := sorted(map(str, dims.keys() - set(parameters))):
         raise ValueError(
             f"{name}: got {', '.join(unknown)}, expected arguments of {cls.__name__}.forward: {', '.join(parameters)}"
         )
@@ -246,12 +249,18 @@ def _run(module: Any, settings: _Settings, config: CompilationConfig, args: list
         place = places.get(name, len(args))
         return args[place] if place < len(args) else kwargs.get(name)
 
-    def replace_by(name: str, tensor: Tensor) -> None:
-        if name in kwargs:
-            kwargs[name] = tensor
-        else:
-            args[places[name]] = tensor
+    aliases: list[Tensor] = []
 
+    def aliased(tensor: Tensor) -> Tensor:
+        """Its alias, in all of its places: Dynamo guards which arguments are one tensor."""
+        if any(tensor is alias for alias in aliases):
+            return tensor
+        aliases.append(alias := _alias(tensor))
+        args[:] = [alias if x is tensor else x for x in args]
+        kwargs.update({name: alias for name, x in kwargs.items() if x is tensor})
+        return alias
+
+    _check_transforms(module, args, kwargs)
     if validated := _validated(module.__class__):
         module.validate_inputs(*map(given, validated))
     gradients = torch.is_grad_enabled()
@@ -264,19 +273,15 @@ def _run(module: Any, settings: _Settings, config: CompilationConfig, args: list
     for name, dims in settings.dims.items():
         if (tensor := given(name)) is not None:
             dims = dims_of(name, tensor, dims)
-            alias = _alias(tensor)
+            alias = aliased(tensor)
             if index is None:
                 index = compiled.index_of(tensor.shape[dims[0]])
                 _mark(alias, dims[:1], shapes, compiled.ranges[index])
                 dims = dims[1:]
             _mark(alias, dims, shapes)
-            replace_by(name, alias)
     for name, dims in settings.unbacked.items():
         if (tensor := given(name)) is not None:
-            dims = dims_of(name, tensor, dims)
-            alias = tensor if name in settings.dims else _alias(tensor)
-            _mark(alias, dims, "unbacked")
-            replace_by(name, alias)
+            _mark(aliased(tensor), dims_of(name, tensor, dims), "unbacked")
     outer, tracing.has_regions = tracing.has_regions, gradients and _has_regions(config)
     try:
         return compiled(index or 0, module, *args, **kwargs)
@@ -292,6 +297,23 @@ def _compiled_module(module: Any, settings: _Settings, config: CompilationConfig
         compiled = CompiledModule(module, config, replace(tag, is_encoder=tag.is_encoder or settings.is_encoder))
         module.__dict__["_compiled_module"] = compiled
     return compiled
+
+
+def _check_transforms(module: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """Refuse what a graph would drop (tangents) or cannot be made for (torch.func around it)."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ValueError(
+            "torch.func: got a compiled module called by a transform, expected torch.compile around the transform, or "
+            "a configuration that does not compile the module"
+        )
+    if forward_ad._current_level < 0:
+        return
+    given = itertools.chain(zip(argument_names(type(module)), args, strict=False), kwargs.items())
+    # The weights of replicas are plain attributes.
+    own = (item for part in module.modules() for item in (part._parameters | part._buffers | vars(part)).items())
+    for name, x in itertools.chain(given, own):
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise ValueError(f"{name}: got a tensor with a tangent, expected none: a graph would drop it")
 
 
 def _check_gradients(module: nn.Module, config: CompilationConfig, args: list[Any]) -> None:
@@ -316,11 +338,13 @@ def dims_of(name: str, tensor: Tensor, dims: tuple[int, ...]) -> tuple[int, ...]
     """Dynamic dimensions of an argument, counted from the front.
 
     Raises:
-        TypeError: it is no tensor.
+        TypeError: it is no dense tensor.
         ValueError: it does not have these dimensions, or one has size 0.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise TypeError(f"{name}: got a tensor that is nested or of layout {tensor.layout}, expected a dense one")
     rank = tensor.dim()
     for dim in dims:
         if not -rank <= dim < rank:

@@ -23,6 +23,7 @@ from torch.export import Dim, ExportedProgram
 
 from vit_encoder.compilation.artifacts import op_packages, package_code
 from vit_encoder.compilation.config import CompilationConfig
+from vit_encoder.compilation.context import surroundings
 from vit_encoder.compilation.decorator import argument_names
 from vit_encoder.compilation.deployed import laid_out
 from vit_encoder.compilation.manifest import (
@@ -66,7 +67,8 @@ def export(module: nn.Module, args: Sequence[Tensor], folder: str | os.PathLike[
             weight or argument that is no plain dense tensor.
         ValueError: the graph does not hold for every size, writes to its arguments or buffers, or calls custom ops of
             which no package has the name; weights that share memory, lie on another device than the arguments or have
-            no values; train mode in which another graph results; autocast.
+            no values; a tensor that requires a gradient and is no weight; train mode in which another graph results; a
+            forward context with tensors; autocast.
     """
     folder = Path(os.path.expanduser(folder))
     if os.path.lexists(folder):
@@ -138,6 +140,11 @@ def _check_arguments(module: nn.Module, args: Sequence[Tensor]) -> list[str]:
         if x.device != args[0].device or x.is_meta:
             raise ValueError(f"{name}: got device {x.device}, expected {args[0].device}, and values")
     check_no_autocast(args[0].device)
+    if (context := surroundings.context) is not None and context.attention_metadata:
+        raise ValueError(
+            f"set_forward_context: got {', '.join(context.attention_metadata)}, expected no tensors: the graph would "
+            "keep these; give them in args"
+        )
     return names[: len(args)]
 
 
@@ -208,6 +215,9 @@ def _program(
                 part.training = True
         if evaluated.graph_module.code != program.graph_module.code:
             raise ValueError("module: got train mode, which computes something else here, expected eval mode")
+    if kept := [name for name, x in program.constants.items() if isinstance(x, Tensor) and x.requires_grad]:
+        # Not registered, or computed from weights before (as `parametrize.cached` does).
+        raise ValueError(f"module: got {', '.join(kept)} that require gradients, expected these of its parameters")
     outputs = program.graph.output_node().args[0]
     if not (program.call_spec.out_spec.is_leaf() and isinstance(getattr(outputs[0], "meta", {}).get("val"), Tensor)):
         raise TypeError(f"module: got a result of {program.call_spec.out_spec}, expected one tensor")
