@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.parametrize import register_parametrization
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.flop_counter import FlopCounterMode
 from vit_encoder.compilation import CompilationConfig, compilation_counter, support_torch_compile, whole_graph
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -284,6 +286,27 @@ def test_simultaneous_first_calls_make_one_graph() -> None:
     with compilation_counter.expect(graphs_seen=1, recompiles=1):
         for out in in_threads(4, call):
             torch.testing.assert_close(out, expected)
+
+
+def test_simultaneous_first_calls_of_several_modules_make_one_graph_each() -> None:
+    modules, x, threads = [Stack(layers=layers) for layers in (1, 2, 3, 4)], torch.ones(3, 8), itertools.count()
+
+    def call() -> None:
+        first = next(threads)
+        for module in (modules[first:] + modules[:first]) * 2:
+            torch.testing.assert_close(module(x), module.forward(x))
+
+    with compilation_counter.expect(graphs_seen=4, recompiles=0):
+        assert in_threads(4, call) == [None] * 4
+
+
+def test_a_flop_counter_sees_every_op() -> None:
+    module, x = Stack(), torch.ones(3, 8)
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counted:
+            torch.testing.assert_close(module(x), module.forward(x))
+        assert counted.get_total_flops() == 2 * 2 * (2 * 3 * 8 * 8)
+        module(x)
 
 
 def test_a_module_of_a_tensor_subclass_can_be_moved() -> None:

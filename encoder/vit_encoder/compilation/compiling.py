@@ -19,7 +19,7 @@ from vit_encoder.compilation.artifacts import artifacts
 from vit_encoder.compilation.config import CompilationConfig, dump
 from vit_encoder.compilation.context import ModelTag, tracing
 from vit_encoder.compilation.counter import compilation_counter
-from vit_encoder.compilation.workarounds import gradients_around_regions, workarounds
+from vit_encoder.compilation.workarounds import compilation_lock, gradients_around_regions, workarounds
 
 # Otherwise all instances of a class share one limit of graphs (recompile_limit, 8), and one instance's graph counts as
 # another's recompilation. New in torch 2.13 or shortly before.
@@ -72,14 +72,18 @@ class CompiledModule:
     def __call__(self, index: int, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the graph that fits, or make it: one thread at a time, and for the others to find it then."""
         key = (index, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        known = key in self.compiled
         # Dynamo would split the graph of a module that DistributedDataParallel is calling.
-        if key in self.compiled and DistributedDataParallel._get_active_ddp_module() is None:
+        if known and DistributedDataParallel._get_active_ddp_module() is None:
             try:
                 return self.calls[index](module, *args, **kwargs)
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 if not isinstance(error.inner_exception, _MustCompile):
                     raise
-        with self.one_at_a_time, _compiling(self.config):
+                known = False
+        # While another thread compiles, in whichever module, guards fail that hold otherwise.
+        alone = contextlib.nullcontext() if known else compilation_lock()
+        with alone, self.one_at_a_time, _compiling(self.config):
             if index not in self.calls:
                 self.calls[index] = self._compile()
             out = self.calls[index](module, *args, **kwargs)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from vit_encoder.compilation.compiling import CompiledModule
 from vit_encoder.compilation.config import (
@@ -65,7 +66,8 @@ def support_torch_compile(
     `compilation_config`, else of the forward context, else the default; and again only under another one. Another
     dtype, rank, device, grad mode or `force_impl`, and parameters of another shape, compile another graph. A module's
     method `validate_inputs`, if it has one, sees the arguments first: an exception raised inside a graph would reach
-    the caller as a failure of Dynamo. Subclasses inherit all this; `ignore_torch_compile` opts out.
+    the caller as a failure of Dynamo. Under a TorchDispatchMode that sees every op (a flop counter) the call is eager.
+    Subclasses inherit all this; `ignore_torch_compile` opts out.
     Source: vLLM's `compilation/decorators.py` and its pull request 30709.
 
     Args:
@@ -210,9 +212,17 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     fewest, most = _arity(self.__class__)
     if kwargs or metadata or not fewest <= len(args) <= most:
         args, kwargs = _bound(self, args, kwargs, metadata or {})
-    if _OFF or not settings.enable_if(config):
+    if _OFF or not settings.enable_if(config) or _is_watched():
         return self._wrapped_call_impl(*args, **kwargs)
     return _run(self, settings, config, list(args), kwargs)
+
+
+def _is_watched() -> bool:
+    """Whether a dispatch mode wants to see every op, as a counter of flops does: Dynamo compiles nothing then."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    modes = _get_current_dispatch_mode_stack()
+    return any(not (mode.is_infra_mode() or mode.ignore_compile_internals()) for mode in modes)
 
 
 def _completed(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
