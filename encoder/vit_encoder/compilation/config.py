@@ -36,7 +36,8 @@ class CompilationConfig:
         inductor_options: Inductor's options by the names of `torch._inductor.list_options()`, instead of a mode.
         dynamic_shapes: how dynamic dimensions are traced. `unbacked` and `backed_size_oblivious` give one graph for
             every size, `backed` two, as the sizes 0 and 1 are special to it. Fake tensors cannot be traced `unbacked`.
-            With gradients all of them are traced `unbacked`.
+            With gradients `backed_size_oblivious` is traced `unbacked`; `backed` is for modules that torch cannot
+            trace so, such as a BatchNorm in train mode.
         compile_ranges_endpoints: sizes of the first dynamic dimension at which to split, so that the sizes up to each
             endpoint get an artefact of their own: (4, 15, 16) means 1..4, 5..15, 16 (static), 17..MAX_INT. The last
             range is only for encoders; a size above a non-encoder's last endpoint is an error.

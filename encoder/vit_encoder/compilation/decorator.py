@@ -278,7 +278,8 @@ def _run(module: Any, settings: _Settings, config: CompilationConfig, args: list
         _check_gradients(module, config, [*args, *kwargs.values()])
     compiled = _compiled_module(module, settings, config)
     # torch 2.13 otherwise takes the strides of what it saves for the backward as fixed.
-    shapes: DynamicShapes = "unbacked" if gradients else config.dynamic_shapes
+    oblivious = config.dynamic_shapes == "backed_size_oblivious"
+    shapes: DynamicShapes = "unbacked" if gradients and oblivious else config.dynamic_shapes
     index = None
     for name, dims in settings.dims.items():
         if (tensor := given(name)) is not None:
