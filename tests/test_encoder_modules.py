@@ -315,7 +315,7 @@ def test_hooks_inside_a_layer_see_every_call_of_a_compiled_encoder(make: Make, c
     model = make(compilation_config=COMPILED if compiled_by == "the scaffold" else None)
     seen: list[Tensor] = []
     for layer in layers_of(model):
-        layer.mlp.register_forward_hook(lambda module, args, out: seen.append(out.detach()))
+        layer.get_submodule("mlp").register_forward_hook(lambda module, args, out: seen.append(out.detach()))
     call = torch.compile(model, backend="aot_eager") if compiled_by == "the user" else model
     expected = make()(*batch(model))
     for _ in range(2):
