@@ -307,6 +307,23 @@ CHANGES = [wrap, hook, pre_hook, own_forward, parametrise, without_bias, subclas
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("compiled_by", ["the user", "the scaffold"])
+@ENCODERS
+@torch.no_grad()
+def test_hooks_inside_a_layer_see_every_call_of_a_compiled_encoder(make: Make, compiled_by: str) -> None:
+    """A nested region cannot keep what a hook keeps of it: such a layer is none."""
+    model = make(compilation_config=COMPILED if compiled_by == "the scaffold" else None)
+    seen: list[Tensor] = []
+    for layer in layers_of(model):
+        layer.get_submodule("mlp").register_forward_hook(lambda module, args, out: seen.append(out.detach()))
+    call = torch.compile(model, backend="aot_eager") if compiled_by == "the user" else model
+    expected = make()(*batch(model))
+    for _ in range(2):
+        torch.testing.assert_close(call(*batch(model)), expected)
+    assert len(seen) == 2 * len(layers_of(model))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
 def test_a_fused_gelu_is_for_plain_linears(change: Callable[[Any], None]) -> None:

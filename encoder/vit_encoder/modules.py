@@ -20,8 +20,9 @@ def can_nest_regions(layer: nn.Module) -> bool:
 
     Not where gradients would be wrong around it, as `compiles_regions` knows; not in `torch.compile(dynamic=True)`,
     which makes an input of every float, such as a norm's eps: torch 2.13 cannot trace one inside a region; not where a
-    weight wraps others (quantised or sharded), for which it has no regions; and not with gradients of parameters that
-    are views of one tensor (`has_aliased_parameters`), as no two inputs of a region may be.
+    weight wraps others (quantised or sharded), for which it has no regions; not where a module inside has a hook or a
+    forward of its own, which may keep what it sees, or swap weights; and not with gradients of parameters that are
+    views of one tensor (`has_aliased_parameters`), as no two inputs of a region may be.
     """
     aliased = any(getattr(module, "has_aliased_parameters", False) for module in layer.modules())
     return (
@@ -29,6 +30,7 @@ def can_nest_regions(layer: nn.Module) -> bool:
         and compiles_regions()
         and not (aliased and torch.is_grad_enabled())
         and torch._dynamo.config.assume_static_by_default
+        and not any(has_hooks(module) or "forward" in module.__dict__ for module in layer.modules())
         and not any(hasattr(type(parameter), "__tensor_flatten__") for parameter in layer.parameters())
     )
 
