@@ -71,7 +71,9 @@ def varlen_attention(
         cu_seqlens_k: int32 [sequences + 1], the boundaries in k and v where they differ.
         max_seqlen: a hint for callers that have it; no implementation needs it.
         scale: positive, up to 2**127; head_dim**-0.5 when None. Scores are float32: at magnitudes beyond 2**30 the
-            kernels' exponentials may overflow to NaN on GPUs.
+            kernels' exponentials may overflow to NaN on GPUs. The Triton gradients of q and k are differences that
+            float32 rounds before they are multiplied by scale, as in FlashAttention: where one key outweighs all
+            others, they are off by some 1e-7 of scale times the incoming gradient, where PyTorch's are 0.
         return_lse: also return the natural logarithm of the softmax's denominator.
         out: [total_tokens, heads, head_dim], dtype (under autocast, its dtype) and device of q, last dimension
             contiguous, not overlapping q, k or v: written instead of a new tensor, and returned. Not where gradients
