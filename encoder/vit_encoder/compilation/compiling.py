@@ -84,6 +84,9 @@ class CompiledModule:
         # While another thread compiles, in whichever module, guards fail that hold otherwise.
         alone = contextlib.nullcontext() if known else compilation_lock()
         with alone, self.one_at_a_time, _compiling(self.config):
+            prepare: Any = getattr(module, "prepare_compilation", None)
+            if prepare is not None:
+                prepare()
             if index not in self.calls:
                 self.calls[index] = self._compile()
             out = self.calls[index](module, *args, **kwargs)

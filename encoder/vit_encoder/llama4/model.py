@@ -18,7 +18,14 @@ from vit_encoder.llama4.checkpoint import projector_tensors, read_tensors, visio
 from vit_encoder.llama4.config import Llama4VisionConfig, text_hidden_size
 from vit_encoder.llama4.images import Llama4ImageSettings
 from vit_encoder.llama4.rotary import RotaryTables
-from vit_encoder.modules import can_nest_regions, check_dtype_and_device, check_order, first_layers, is_plain_linear
+from vit_encoder.modules import (
+    can_nest_regions,
+    check_dtype_and_device,
+    check_order,
+    first_layers,
+    is_plain_linear,
+    prepare_layers,
+)
 from vit_encoder.rotary import Rotation
 
 
@@ -63,6 +70,10 @@ class EncoderLayer(nn.Module):
     Args:
         index: which layer of the encoder it is: the norm at its end is that of the next one.
     """
+
+    # Noted before each compilation, by `prepare_layers`.
+    plain_parts = False
+    aliased_parts = False
 
     def __init__(self, config: Llama4VisionConfig, index: int, fuse_gelu: bool) -> None:
         super().__init__()
@@ -215,6 +226,10 @@ class Llama4VisionModel(nn.Module):
         model.load_state_dict(tensors, assign=True)
         model.image_settings = settings
         return model.to(model.class_embedding.device).eval()
+
+    def prepare_compilation(self) -> None:
+        """What the decorator calls before Dynamo traces forward."""
+        prepare_layers(self.layers)
 
     def validate_inputs(self, pixel_values: Tensor, cu_seqlens: Tensor | None = None) -> None:
         """Raise what forward's docstring says, outside of any compiled graph."""

@@ -14,7 +14,7 @@ from vit_encoder.attention import Attention
 from vit_encoder.checkpoints import read_tensors
 from vit_encoder.compilation import CompilationConfig, support_torch_compile
 from vit_encoder.compilation.context import surroundings
-from vit_encoder.modules import can_nest_regions, check_dtype_and_device, check_order, first_layers
+from vit_encoder.modules import can_nest_regions, check_dtype_and_device, check_order, first_layers, prepare_layers
 from vit_encoder.qwen2_5_vl.checkpoint import vision_tensors
 from vit_encoder.qwen2_5_vl.config import Qwen2_5_VLVisionConfig
 from vit_encoder.qwen2_5_vl.images import Qwen2_5_VLImageSettings
@@ -61,6 +61,10 @@ class EncoderLayer(nn.Module):
     Args:
         index: which layer of the encoder it is: the norm at its end is that of the next one.
     """
+
+    # Noted before each compilation, by `prepare_layers`.
+    plain_parts = False
+    aliased_parts = False
 
     def __init__(self, config: Qwen2_5_VLVisionConfig, index: int) -> None:
         super().__init__()
@@ -177,6 +181,10 @@ class Qwen2_5_VLVisionEncoder(nn.Module):  # noqa: N801 (transformers' prefix)
         for layer in self.layers:
             x, normed = layer(x, normed, cu_seqlens, cu_window_seqlens, rotation)  # 2 x [patches, hidden]
         return self.merger(normed).index_select(0, reverse_index)  # [units, out_hidden_size]
+
+    def prepare_compilation(self) -> None:
+        """What the decorator calls before Dynamo traces forward."""
+        prepare_layers(self.layers)
 
     def validate_inputs(
         self,
