@@ -28,7 +28,7 @@ def can_nest_regions(layer: Any) -> bool:
     if not torch.compiler.is_compiling() or not torch._dynamo.config.assume_static_by_default:
         return False
     if tracing.prepared:
-        plain: bool = layer.plain_parts and not (layer.aliased_parts and torch.is_grad_enabled())
+        plain: bool = layer.plain_parts and not (torch.is_grad_enabled() and layer.aliased_parts)
         return plain and compiles_regions()
     return compiles_regions() and has_plain_parts(layer) and not (has_aliased_parts(layer) and torch.is_grad_enabled())
 
