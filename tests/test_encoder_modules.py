@@ -593,3 +593,17 @@ def test_metadata_without_a_device_lie_on_the_default_one() -> None:
     with torch.device("meta"):
         assert {tensor.device.type for tensor in vision_metadata(GRID, Qwen2_5_VLVisionConfig.tiny())} == {"meta"}
     assert {tensor.device.type for tensor in vision_metadata(GRID, Qwen2_5_VLVisionConfig.tiny())} == {"cpu"}
+
+
+def test_a_hook_set_after_the_first_call_is_seen_in_every_layer(fresh_dynamo: None) -> None:
+    config = CompilationConfig(compile_mm_encoder=True, backend="aot_eager")
+    model = initialise_(Llama4VisionModel(Llama4VisionConfig.tiny(), compilation_config=config)).eval()
+    pixel_values = torch.randn(2, 3, 112, 112)
+    with torch.no_grad():
+        before = model(pixel_values)
+        for layer in list(model.layers):  # type: ignore[arg-type]
+            handle = layer.mlp.fc1.register_forward_hook(lambda module, inputs, out: out + 1)
+            assert not torch.equal(before, model.forward(pixel_values))
+            torch.testing.assert_close(model(pixel_values), model.forward(pixel_values))
+            handle.remove()
+        torch.testing.assert_close(model(pixel_values), before)

@@ -50,7 +50,8 @@ class CompilationConfig:
             memory that is not theirs: a parameter of another dtype (`half()`), device (`cuda()`), shape, strides or
             class, by assignment, `parameter.data = ...`, `swap_tensors`, `load_state_dict(assign=True)` or
             `functional_call`; a parameter deleted, set to None or pruned; two that become one, or one that becomes two;
-            a hook added or removed (Dynamo of itself does not see these either). New values in place (`copy_`,
+            a hook or a forward of
+            its own that a module gets or loses (Dynamo of itself sees no hooks either). New values in place (`copy_`,
             `load_state_dict`), and a new parameter of the same properties, are what the next call reads. With gradients
             enabled, a call where a parameter or an argument requires one is refused.
 

@@ -69,7 +69,7 @@ class _Tracing(threading.local):
         # Whether a call of a decorated module may compile now, and whether what it traces may call nested regions.
         self.may_compile = False
         self.has_regions = False
-        # Whether a decorated module is called, whose `prepare_compilation` ran before it is traced.
+        # Whether what `prepare_compilation` noted may be relied on, unguarded: under `frozen_parameters`.
         self.prepared = False
 
 

@@ -295,7 +295,7 @@ def _run(module: Any, settings: _Settings, config: CompilationConfig, args: list
         if (tensor := given(name)) is not None:
             _mark(aliased(tensor), dims_of(name, tensor, dims), "unbacked")
     outer = tracing.has_regions, tracing.prepared
-    tracing.has_regions, tracing.prepared = gradients and _has_regions(config), True
+    tracing.has_regions, tracing.prepared = gradients and _has_regions(config), config.frozen_parameters
     try:
         return compiled(index or 0, module, *args, **kwargs)
     finally:
