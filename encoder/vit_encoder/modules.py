@@ -36,9 +36,13 @@ def can_nest_regions(layer: Any) -> bool:
 def has_plain_parts(layer: nn.Module) -> bool:
     """Whether nothing in a layer keeps torch from calling it as a region.
 
-    That is a weight which wraps others (quantised or sharded), and a module with a hook or a forward of its own, which
-    may keep what it sees, or swap weights.
+    That is a weight which wraps others (quantised or sharded); a module with a hook or a forward of its own, which may
+    keep what it sees, or swap weights; and a module of a class of others (an adapter, a parametrisation), for which
+    torch 2.13 would reuse the region of a layer that has none.
     """
+    ours = ("vit_encoder.", "torch.nn.modules.")
+    if not all(type(module).__module__.startswith(ours) for module in layer.modules()):
+        return False
     return not any(has_hooks(module) or "forward" in module.__dict__ for module in layer.modules()) and not any(
         hasattr(type(parameter), "__tensor_flatten__") for parameter in layer.parameters()
     )
