@@ -40,8 +40,8 @@ def has_plain_parts(layer: nn.Module) -> bool:
     keep what it sees, or swap weights; and a module of a class of others (an adapter, a parametrisation), for which
     torch 2.13 would reuse the region of a layer that has none.
     """
-    ours = ("vit_encoder.", "torch.nn.modules.")
-    if not all(type(module).__module__.startswith(ours) for module in layer.modules()):
+    known = ("vit_encoder.", "torch.nn.modules.", "transformers.", "vllm.")
+    if not all(type(module).__module__.startswith(known) for module in layer.modules()):
         return False
     return not any(has_hooks(module) or "forward" in module.__dict__ for module in layer.modules()) and not any(
         hasattr(type(parameter), "__tensor_flatten__") for parameter in layer.parameters()
