@@ -11,6 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from vit_encoder.compilation import compiles_regions
 from vit_encoder.compilation.context import tracing
+from vit_encoder.rotary import Rotation
 
 # Names, as importing the latter two loads much of torch: they stand for a plain parameter while it is traced.
 _PLAIN = ("Parameter", "Tensor", "FakeTensor", "FunctionalTensor")
@@ -21,9 +22,9 @@ def can_nest_regions(layer: Any) -> bool:
 
     Not where gradients would be wrong around it, as `compiles_regions` knows; not in `torch.compile(dynamic=True)`,
     which makes an input of every float, such as a norm's eps: torch 2.13 cannot trace one inside a region; and not
-    where `has_plain_parts` or `has_aliased_parts` forbids it. Every part that is looked at while Dynamo traces becomes
-    a guard, 330 us of a call with 34 layers, and no other guard sees a hook in any layer but the first: only under
-    `frozen_parameters` is what `prepare_layers` noted enough.
+    where `has_plain_parts` or `has_aliased_parts` forbids it. These are noted before a decorated module's compilation:
+    looked at while Dynamo traces, each part becomes a guard, 330 us of a call with 34 layers. What the notes are about
+    is guarded where the layer itself is traced, and a new compilation notes it anew.
     """
     if not torch.compiler.is_compiling() or not torch._dynamo.config.assume_static_by_default:
         return False
@@ -58,6 +59,16 @@ def prepare_layers(layers: nn.ModuleList) -> None:
     for layer in layers:
         layer.plain_parts = has_plain_parts(layer)  # type: ignore[assignment]
         layer.aliased_parts = has_aliased_parts(layer)  # type: ignore[assignment]
+
+
+def region_argument(rotation: Rotation) -> Rotation | tuple[Tensor, Tensor]:
+    """The tables in the form in which a nested region takes them.
+
+    Given nothing but tensors, torch 2.13 traces a region once, and reuses it for the other layers without a guard on
+    anything in them but their parameters. What it cannot compare, such as an object, it traces and guards layer by
+    layer. Under `frozen_parameters` the guards are dropped, and so are these.
+    """
+    return (rotation.cos, rotation.sin) if tracing.frozen else rotation
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -114,9 +125,12 @@ def check_order(layers: nn.ModuleList, count: int) -> None:
     Raises:
         ValueError: they are not.
     """
-    # A wrapper need not show what it wraps.
-    indices = [getattr(layer, "index", index) for index, layer in enumerate(layers)]
-    if indices != list(range(count)):
+    # A wrapper need not show what it wraps. A loop, as every call comes here.
+    in_order = len(layers) == count
+    for index, layer in enumerate(layers):
+        in_order = in_order and getattr(layer, "index", index) == index
+    if not in_order:
+        indices = [getattr(layer, "index", index) for index, layer in enumerate(layers)]
         raise ValueError(
             f"layers: got {indices} of the encoder's {count}, expected all of them in their order, as each ends with "
             "the norm before the next; keep_layers(count) keeps the first"

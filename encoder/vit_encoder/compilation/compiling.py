@@ -77,16 +77,15 @@ class CompiledModule:
         if known and DistributedDataParallel._get_active_ddp_module() is None:
             try:
                 return self.calls[index](module, *args, **kwargs)
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                if not isinstance(error.inner_exception, _MustCompile):
-                    raise
+            except torch._dynamo.exc.TorchDynamoException:
+                # `_MustCompile`, or tracing failed without what comes first below; nothing has run yet.
                 known = False
         # While another thread compiles, in whichever module, guards fail that hold otherwise.
         alone = contextlib.nullcontext() if known else compilation_lock()
         with alone, self.one_at_a_time, _compiling(self.config):
-            prepare: Any = getattr(module, "prepare_compilation", None)
-            if prepare is not None:
-                prepare()
+            for part in module.modules():
+                if prepare := getattr(part, "prepare_compilation", None):
+                    prepare()
             if index not in self.calls:
                 self.calls[index] = self._compile()
             out = self.calls[index](module, *args, **kwargs)

@@ -66,8 +66,8 @@ def support_torch_compile(
     `compilation_config`, else of the forward context, else the default; and again only under another one. Another
     dtype, rank, device, grad mode or `force_impl`, and parameters of another shape, compile another graph. A module's
     method `validate_inputs`, if it has one, sees the arguments first: an exception raised inside a graph would reach
-    the caller as a failure of Dynamo. Its method `prepare_compilation`, if any, is called before each compilation.
-    Under a TorchDispatchMode that sees every op (a flop counter) the call is eager.
+    the caller as a failure of Dynamo. Its method `prepare_compilation`, and that of a part, is
+    called before each compilation. Under a TorchDispatchMode that sees every op (a flop counter) the call is eager.
     Subclasses inherit all this; `ignore_torch_compile` opts out.
     Source: vLLM's `compilation/decorators.py` and its pull request 30709.
 
@@ -294,12 +294,13 @@ def _run(module: Any, settings: _Settings, config: CompilationConfig, args: list
     for name, dims in settings.unbacked.items():
         if (tensor := given(name)) is not None:
             _mark(aliased(tensor), dims_of(name, tensor, dims), "unbacked")
-    outer = tracing.has_regions, tracing.prepared
-    tracing.has_regions, tracing.prepared = gradients and _has_regions(config), config.frozen_parameters
+    outer = tracing.has_regions, tracing.prepared, tracing.frozen
+    tracing.has_regions, tracing.prepared = gradients and _has_regions(config), True
+    tracing.frozen = config.frozen_parameters
     try:
         return compiled(index or 0, module, *args, **kwargs)
     finally:
-        tracing.has_regions, tracing.prepared = outer
+        tracing.has_regions, tracing.prepared, tracing.frozen = outer
 
 
 def _compiled_module(module: Any, settings: _Settings, config: CompilationConfig) -> CompiledModule:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Self
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from vit_kernels import linear_gelu, pixel_shuffle
 
 from vit_encoder.attention import Attention
 from vit_encoder.compilation import CompilationConfig, support_torch_compile
+from vit_encoder.compilation.context import tracing
 from vit_encoder.llama4.checkpoint import projector_tensors, read_tensors, vision_tensors
 from vit_encoder.llama4.config import Llama4VisionConfig, text_hidden_size
 from vit_encoder.llama4.images import Llama4ImageSettings
@@ -25,6 +26,7 @@ from vit_encoder.modules import (
     first_layers,
     is_plain_linear,
     prepare_layers,
+    region_argument,
 )
 from vit_encoder.rotary import Rotation
 
@@ -90,10 +92,12 @@ class EncoderLayer(nn.Module):
             cu_seqlens: [tiles + 1].
             rotation: tables [577, head_dim // 2].
         """
-        block = self._region if can_nest_regions(self) else self._block
-        return block(x, normed, cu_seqlens, rotation.cos, rotation.sin)
+        if can_nest_regions(self):
+            return self._region(x, normed, cu_seqlens, region_argument(rotation))
+        return self._block(x, normed, cu_seqlens, rotation)
 
-    def _block(self, x: Tensor, normed: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def _block(self, x: Tensor, normed: Tensor, cu_seqlens: Tensor, tables: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        cos, sin = tables
         x = x + self.attention(normed, cu_seqlens, cos, sin)  # [tokens, hidden]
         x = x + self.mlp(self.norm_2(x))  # [tokens, hidden]
         return x, self.norm_out(x)  # 2 x [tokens, hidden]
@@ -171,13 +175,16 @@ class Llama4VisionModel(nn.Module):
             TypeError: another dtype.
             ValueError: another rank, device or size, or no tile at all; or layers that were taken out.
         """
-        if torch.compiler.is_compiling():
-            check_order(self.layers, self.config.num_hidden_layers)
-        else:
+        if not torch.compiler.is_compiling():
             self.validate_inputs(pixel_values, cu_seqlens)
+        elif not tracing.frozen:
+            check_order(self.layers, self.config.num_hidden_layers)
         config = self.config
         tokens = config.tokens_per_tile
-        x = rearrange(pixel_values, "n c (h p) (w q) -> n (h w) (c p q)", p=config.patch_size, q=config.patch_size)
+        # Not einops' rearrange: Dynamo traces how it reads its pattern, and guards that in 5 us of every call.
+        x = pixel_values.unflatten(3, (-1, config.patch_size)).unflatten(2, (-1, config.patch_size))
+        x = x.permute(0, 2, 4, 1, 3, 5)  # [tiles, rows, columns, channels, patch_size, patch_size]
+        x = x.flatten(3).flatten(1, 2)  # [tiles, 576, patch_dim]
         x = self.patch_embed(x)  # [tiles, 576, hidden]
         x = torch.cat([x, self.class_embedding.expand(x.shape[0], 1, -1)], dim=1)  # [tiles, 577, hidden]
         x = self.norm_pre(x + self.position_embedding)  # [tiles, 577, hidden]
@@ -229,6 +236,7 @@ class Llama4VisionModel(nn.Module):
 
     def prepare_compilation(self) -> None:
         """What the decorator calls before Dynamo traces forward."""
+        check_order(self.layers, self.config.num_hidden_layers)
         prepare_layers(self.layers)
 
     def validate_inputs(self, pixel_values: Tensor, cu_seqlens: Tensor | None = None) -> None:

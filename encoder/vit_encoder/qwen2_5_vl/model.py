@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Self
 
@@ -13,8 +14,15 @@ from torch import Tensor, nn
 from vit_encoder.attention import Attention
 from vit_encoder.checkpoints import read_tensors
 from vit_encoder.compilation import CompilationConfig, support_torch_compile
-from vit_encoder.compilation.context import surroundings
-from vit_encoder.modules import can_nest_regions, check_dtype_and_device, check_order, first_layers, prepare_layers
+from vit_encoder.compilation.context import surroundings, tracing
+from vit_encoder.modules import (
+    can_nest_regions,
+    check_dtype_and_device,
+    check_order,
+    first_layers,
+    prepare_layers,
+    region_argument,
+)
 from vit_encoder.qwen2_5_vl.checkpoint import vision_tensors
 from vit_encoder.qwen2_5_vl.config import Qwen2_5_VLVisionConfig
 from vit_encoder.qwen2_5_vl.images import Qwen2_5_VLImageSettings
@@ -85,11 +93,14 @@ class EncoderLayer(nn.Module):
             cu_window_seqlens: [windows + 1], within which it does elsewhere.
             rotation: tables [patches, head_dim // 2].
         """
-        region = self._full_region if self.full else self._window_region
-        block = region if can_nest_regions(self) else self._block
-        return block(x, normed, cu_seqlens if self.full else cu_window_seqlens, rotation.cos, rotation.sin)
+        cu_seqlens = cu_seqlens if self.full else cu_window_seqlens
+        if can_nest_regions(self):
+            region = self._full_region if self.full else self._window_region
+            return region(x, normed, cu_seqlens, region_argument(rotation))
+        return self._block(x, normed, cu_seqlens, rotation)
 
-    def _block(self, x: Tensor, normed: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def _block(self, x: Tensor, normed: Tensor, cu_seqlens: Tensor, tables: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        cos, sin = tables
         x = x + self.attention(normed, cu_seqlens, cos, sin)  # [patches, hidden]
         x = x + self.mlp(self.norm_2(x))  # [patches, hidden]
         return x, self.norm_out(x)  # 2 x [patches, hidden]
@@ -166,10 +177,10 @@ class Qwen2_5_VLVisionEncoder(nn.Module):  # noqa: N801 (transformers' prefix)
             TypeError: another dtype.
             ValueError: another rank, device or size; or layers that were taken out.
         """
-        if torch.compiler.is_compiling():
-            check_order(self.layers, self.config.depth)
-        else:
+        if not torch.compiler.is_compiling():
             self.validate_inputs(pixel_values, window_index, reverse_index, cu_seqlens, cu_window_seqlens, cos, sin)
+        elif not tracing.frozen:
+            check_order(self.layers, self.config.depth)
         units = window_index.shape[0]
         torch._check(units > 0)
         for tensor in (pixel_values, cos, sin):
@@ -184,6 +195,7 @@ class Qwen2_5_VLVisionEncoder(nn.Module):  # noqa: N801 (transformers' prefix)
 
     def prepare_compilation(self) -> None:
         """What the decorator calls before Dynamo traces forward."""
+        check_order(self.layers, self.config.depth)
         prepare_layers(self.layers)
 
     def validate_inputs(
