@@ -11,7 +11,6 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from vit_encoder.compilation import compiles_regions
 from vit_encoder.compilation.context import tracing
-from vit_encoder.rotary import Rotation
 
 # Names, as importing the latter two loads much of torch: they stand for a plain parameter while it is traced.
 _PLAIN = ("Parameter", "Tensor", "FakeTensor", "FunctionalTensor")
@@ -61,14 +60,14 @@ def prepare_layers(layers: nn.ModuleList) -> None:
         layer.aliased_parts = has_aliased_parts(layer)  # type: ignore[assignment]
 
 
-def region_argument(rotation: Rotation) -> Rotation | tuple[Tensor, Tensor]:
-    """The tables in the form in which a nested region takes them.
+def guarded_layer_by_layer(results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The results of a layer as its nested region returns them.
 
-    Given nothing but tensors, torch 2.13 traces a region once, and reuses it for the other layers without a guard on
-    anything in them but their parameters. What it cannot compare, such as an object, it traces and guards layer by
-    layer. Under `frozen_parameters` the guards are dropped, and so are these.
+    Where all of them are tensors, torch 2.13 traces a region once, and reuses it for the other layers without a guard
+    on anything in them but their parameters. With a result that is none, it traces and guards every layer. Under
+    `frozen_parameters` the guards on parameters are dropped, and so are these.
     """
-    return (rotation.cos, rotation.sin) if tracing.frozen else rotation
+    return results if tracing.frozen else (*results, None)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -25,9 +23,6 @@ class Rotation:
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         self.cos = cos
         self.sin = sin
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.cos, self.sin))
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Rotation:
         """On another device; accelerate asks this of the arguments of a layer that it placed there."""

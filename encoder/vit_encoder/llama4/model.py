@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +23,9 @@ from vit_encoder.modules import (
     check_dtype_and_device,
     check_order,
     first_layers,
+    guarded_layer_by_layer,
     is_plain_linear,
     prepare_layers,
-    region_argument,
 )
 from vit_encoder.rotary import Rotation
 
@@ -92,18 +91,19 @@ class EncoderLayer(nn.Module):
             cu_seqlens: [tiles + 1].
             rotation: tables [577, head_dim // 2].
         """
-        if can_nest_regions(self):
-            return self._region(x, normed, cu_seqlens, region_argument(rotation))
-        return self._block(x, normed, cu_seqlens, rotation)
+        block = self._region if can_nest_regions(self) else self._block
+        x, normed = block(x, normed, cu_seqlens, rotation.cos, rotation.sin)[:2]
+        return x, normed
 
-    def _block(self, x: Tensor, normed: Tensor, cu_seqlens: Tensor, tables: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        cos, sin = tables
+    def _block(self, x: Tensor, normed: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         x = x + self.attention(normed, cu_seqlens, cos, sin)  # [tokens, hidden]
         x = x + self.mlp(self.norm_2(x))  # [tokens, hidden]
         return x, self.norm_out(x)  # 2 x [tokens, hidden]
 
     # Compiled once and called by every layer of the one graph.
-    _region = torch.compiler.nested_compile_region(_block)
+    @torch.compiler.nested_compile_region
+    def _region(self, *args: Any) -> tuple[Any, ...]:
+        return guarded_layer_by_layer(self._block(*args))
 
 
 class Adapter(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Self
 
@@ -20,8 +19,8 @@ from vit_encoder.modules import (
     check_dtype_and_device,
     check_order,
     first_layers,
+    guarded_layer_by_layer,
     prepare_layers,
-    region_argument,
 )
 from vit_encoder.qwen2_5_vl.checkpoint import vision_tensors
 from vit_encoder.qwen2_5_vl.config import Qwen2_5_VLVisionConfig
@@ -93,14 +92,13 @@ class EncoderLayer(nn.Module):
             cu_window_seqlens: [windows + 1], within which it does elsewhere.
             rotation: tables [patches, head_dim // 2].
         """
+        region = self._full_region if self.full else self._window_region
+        block: Any = region if can_nest_regions(self) else self._block
         cu_seqlens = cu_seqlens if self.full else cu_window_seqlens
-        if can_nest_regions(self):
-            region = self._full_region if self.full else self._window_region
-            return region(x, normed, cu_seqlens, region_argument(rotation))
-        return self._block(x, normed, cu_seqlens, rotation)
+        x, normed = block(x, normed, cu_seqlens, rotation.cos, rotation.sin)[:2]
+        return x, normed
 
-    def _block(self, x: Tensor, normed: Tensor, cu_seqlens: Tensor, tables: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        cos, sin = tables
+    def _block(self, x: Tensor, normed: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         x = x + self.attention(normed, cu_seqlens, cos, sin)  # [patches, hidden]
         x = x + self.mlp(self.norm_2(x))  # [patches, hidden]
         return x, self.norm_out(x)  # 2 x [patches, hidden]
@@ -108,12 +106,12 @@ class EncoderLayer(nn.Module):
     # Each is compiled once and called by every layer of its kind in the one graph. Were they one, it would be guarded
     # that a batch has as many windows as frames, or has not.
     @torch.compiler.nested_compile_region
-    def _window_region(self, *args: Any) -> tuple[Tensor, Tensor]:
-        return self._block(*args)
+    def _window_region(self, *args: Any) -> tuple[Any, ...]:
+        return guarded_layer_by_layer(self._block(*args))
 
     @torch.compiler.nested_compile_region
-    def _full_region(self, *args: Any) -> tuple[Tensor, Tensor]:
-        return self._block(*args)
+    def _full_region(self, *args: Any) -> tuple[Any, ...]:
+        return guarded_layer_by_layer(self._block(*args))
 
 
 class PatchMerger(nn.Module):
