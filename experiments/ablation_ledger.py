@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
-from vit_encoder.compilation.fake_cuda import fake_cuda
+from vit_encoder.testing import fake_cuda
 from vit_kernels import (
     force_impl,
     layer_norm_pixel_shuffle,

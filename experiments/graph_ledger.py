@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm  # type: ignore[import-untyped]
-from vit_encoder.compilation.fake_cuda import fake_cuda
+from vit_encoder.testing import fake_cuda
 
 from experiments.environment import environment
 from experiments.inductor_code import Generated, generate_cuda_code

@@ -22,8 +22,8 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from vit_encoder import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel, attention
-from vit_encoder.compilation.fake_cuda import fake_cuda
 from vit_encoder.qwen2_5_vl import VisionMetadata
+from vit_encoder.testing import fake_cuda
 from vit_kernels import force_impl, varlen_attention
 
 from experiments.environment import environment

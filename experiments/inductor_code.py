@@ -21,7 +21,7 @@ from torch._inductor.runtime.hints import DeviceProperties
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-from vit_encoder.compilation.fake_cuda import install_device_guard
+from vit_encoder.testing import install_device_guard
 
 from experiments.ledger_launches import Launch, launches
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from vit_encoder.compilation import CompilationConfig, compilation_counter, set_model_tag, support_torch_compile
-from vit_encoder.compilation import artifacts as store
+from vit_encoder.compilation import cache as store
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "new_process")
 
@@ -249,7 +249,7 @@ def test_a_full_disk_before_the_compilation(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     "step",
-    ["zipfile.ZipFile.write", "pathlib.Path.mkdir", "pathlib.Path.open", "vit_encoder.compilation.artifacts._publish"],
+    ["zipfile.ZipFile.write", "pathlib.Path.mkdir", "pathlib.Path.open", "vit_encoder.compilation.cache._publish"],
 )
 def test_a_disk_that_fills_up_while_saving(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def make_the_last_file() -> None:
@@ -339,7 +339,7 @@ FORKS = """
     from pathlib import Path
     import torch
     from vit_encoder import CompilationConfig
-    from vit_encoder.compilation.artifacts import artifacts
+    from vit_encoder.compilation.cache import artifacts
 
     def make(folder):
         graph = torch.fx.symbolic_trace(torch.nn.Identity())

@@ -31,7 +31,7 @@ from vit_encoder.compilation import (
     support_torch_compile,
     whole_graph,
 )
-from vit_encoder.compilation.context import surroundings
+from vit_encoder.compilation.thread_state import surroundings
 from vit_encoder.llama4 import initialise_
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")

@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 from vit_encoder import Llama4VisionConfig, Llama4VisionModel, export, load, support_torch_compile
-from vit_encoder.compilation import DeployedModule, deployed, exporting, manifest, set_forward_context
-from vit_encoder.compilation.artifacts import package_code
+from vit_encoder.compilation import DeployedModule, set_forward_context
+from vit_encoder.compilation.cache import package_code
+from vit_encoder.compilation.deployment import export as exporting
+from vit_encoder.compilation.deployment import load as deployed
+from vit_encoder.compilation.deployment import manifest
 from vit_encoder.initialise import initialise_
 
 from tests.support import assert_same_bits

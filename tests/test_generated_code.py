@@ -17,7 +17,7 @@ SCRIPT = """
     import torch
     from experiments.inductor_code import generate_cuda_code
     from vit_encoder import Llama4VisionConfig, Llama4VisionModel
-    from vit_encoder.compilation.fake_cuda import fake_cuda
+    from vit_encoder.testing import fake_cuda
 
     config = dataclasses.replace(Llama4VisionConfig.scout(), num_hidden_layers=2)
     with fake_cuda(torch.bfloat16):

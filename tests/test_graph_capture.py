@@ -31,7 +31,7 @@ SCRIPT = """
     from torch.utils._python_dispatch import TorchDispatchMode
     from triton import knobs
     from vit_encoder import Llama4VisionConfig, Llama4VisionModel
-    from vit_encoder.compilation.fake_cuda import fake_cuda
+    from vit_encoder.testing import fake_cuda
     from vit_kernels import _dispatch
     from vit_kernels.inspection import compile_launch
 

@@ -208,7 +208,7 @@ SCRIPT = """
     import torch
     from torch.fx.experimental.proxy_tensor import make_fx
     from vit_encoder import CompilationConfig, Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel, whole_graph
-    from vit_encoder.compilation.fake_cuda import fake_cuda
+    from vit_encoder.testing import fake_cuda
     from vit_encoder.qwen2_5_vl import VisionMetadata
 
     graphs = []

@@ -199,7 +199,7 @@ def test_the_cuda_path_is_one_graph_that_calls_our_ops() -> None:
         import collections
         import torch
         from vit_encoder import CompilationConfig, Llama4VisionConfig, Llama4VisionModel, whole_graph
-        from vit_encoder.compilation.fake_cuda import fake_cuda
+        from vit_encoder.testing import fake_cuda
 
         graphs = []
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from vit_encoder.compilation import compiles_regions
-from vit_encoder.compilation.context import tracing
+from vit_encoder.compilation.thread_state import tracing
 
 # Names, as importing the latter two loads much of torch: they stand for a plain parameter while it is traced.
 _PLAIN = ("Parameter", "Tensor", "FakeTensor", "FunctionalTensor")

@@ -1,18 +1,13 @@
 """Compile scaffold: one whole graph for an encoder."""
 
 from vit_encoder.compilation.config import CompilationConfig, should_torch_compile_mm_encoder
-from vit_encoder.compilation.context import (
-    ForwardContext,
-    compiles_regions,
-    get_forward_context,
-    set_forward_context,
-    set_model_tag,
-)
+from vit_encoder.compilation.context import get_forward_context, set_forward_context, set_model_tag
 from vit_encoder.compilation.counter import compilation_counter
 from vit_encoder.compilation.decorator import DynamicDims, ignore_torch_compile, support_torch_compile
-from vit_encoder.compilation.deployed import DeployedModule, load
-from vit_encoder.compilation.exporting import export
-from vit_encoder.compilation.whole_graph import GraphReport, whole_graph
+from vit_encoder.compilation.deployment.export import export
+from vit_encoder.compilation.deployment.load import DeployedModule, load
+from vit_encoder.compilation.thread_state import ForwardContext, compiles_regions
+from vit_encoder.testing.whole_graph import GraphReport, whole_graph
 
 __all__ = [
     "CompilationConfig",

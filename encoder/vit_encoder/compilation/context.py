@@ -6,86 +6,19 @@ Both are local to a thread, and to an asyncio task of it.
 from __future__ import annotations
 
 import contextlib
-import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vit_encoder.compilation.config import CompilationConfig
+from vit_encoder.compilation.thread_state import ForwardContext, ModelTag, forward_context, model_tag, surroundings
 
-
-@dataclass(frozen=True)
-class ModelTag:
-    """A component's name in caches and dumps, and whether its sizes are bounded by nothing."""
-
-    name: str
-    is_encoder: bool
-
-
-@dataclass(frozen=True)
-class ForwardContext:
-    """What `set_forward_context` carries.
-
-    Args:
-        config: used by components that were constructed without one.
-        attention_metadata: tensors by the names of forward's arguments that they stand in for.
-    """
-
-    config: CompilationConfig | None = None
-    attention_metadata: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-_tag: ContextVar[ModelTag | None] = ContextVar("vit_encoder.set_model_tag", default=None)
-_context: ContextVar[ForwardContext | None] = ContextVar("vit_encoder.set_forward_context", default=None)
-
-
-class _Surroundings(ModuleType):
-    """A module, because Dynamo reads attributes of modules without tracing how, and guards on what it read.
-
-    ContextVar.get it cannot trace.
-    """
-
-    @property
-    def tag(self) -> ModelTag | None:
-        return _tag.get()
-
-    @property
-    def context(self) -> ForwardContext | None:
-        return _context.get()
-
-
-surroundings = _Surroundings("vit_encoder.compilation.context.surroundings")
-
-
-class _Tracing(threading.local):
-    # Set in `__init__`, as Dynamo asks of a threading.local.
-    def __init__(self) -> None:
-        # Whether a call of a decorated module may compile now, and whether what it traces may call nested regions.
-        self.may_compile = False
-        self.has_regions = False
-        # Whether the call is a decorated module's own, so that `prepare_compilation` was called before it was traced,
-        # and whether it is one under `frozen_parameters`.
-        self.prepared = False
-        self.frozen = False
-
-
-tracing = _Tracing()
 _owners: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
-
-
-def compiles_regions() -> bool:
-    """Whether forward, while it is traced, should call its nested regions rather than the functions in them.
-
-    With gradients only a decorated module's own compilation on a version of torch where they were seen to be right says
-    yes: Inductor of torch 2.13 and 2.14 is silently wrong about them by itself, in a caller's `torch.compile` too.
-    """
-    return tracing.has_regions or not torch.is_grad_enabled()
 
 
 @contextlib.contextmanager
@@ -107,7 +40,7 @@ def set_model_tag(tag: str, is_encoder: bool = False) -> Iterator[None]:
         raise TypeError(f"tag: got {tag!r}, expected a string")
     if not tag or "/" in tag:
         raise ValueError(f"tag: got {tag!r}, expected a name without slashes")
-    with _set(_tag, ModelTag(tag, is_encoder), "set_model_tag"):
+    with _set(model_tag, ModelTag(tag, is_encoder), "set_model_tag"):
         yield
 
 
@@ -147,7 +80,7 @@ def set_forward_context(config: CompilationConfig | None = None, **attention_met
     outer = surroundings.context
     if config is None and outer is not None:
         config = outer.config
-    with _set(_context, ForwardContext(config, MappingProxyType(attention_metadata)), "set_forward_context"):
+    with _set(forward_context, ForwardContext(config, MappingProxyType(attention_metadata)), "set_forward_context"):
         yield
 
 

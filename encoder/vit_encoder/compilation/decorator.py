@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from vit_encoder.compilation.compiling import CompiledModule
+from vit_encoder.compilation.compiled_module import CompiledModule
 from vit_encoder.compilation.config import (
     MAX_INT,
     CompilationConfig,
@@ -24,7 +24,8 @@ from vit_encoder.compilation.config import (
     compilation_is_off,
     should_torch_compile_mm_encoder,
 )
-from vit_encoder.compilation.context import ModelTag, claim_tag, surroundings, tracing
+from vit_encoder.compilation.context import claim_tag
+from vit_encoder.compilation.thread_state import ModelTag, surroundings, tracing
 from vit_encoder.compilation.workarounds import regions_have_gradients
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])

@@ -13,7 +13,7 @@ from vit_kernels import linear_gelu, pixel_shuffle
 
 from vit_encoder.attention import Attention
 from vit_encoder.compilation import CompilationConfig, support_torch_compile
-from vit_encoder.compilation.context import tracing
+from vit_encoder.compilation.thread_state import tracing
 from vit_encoder.llama4.checkpoint import projector_tensors, read_tensors, vision_tensors
 from vit_encoder.llama4.config import Llama4VisionConfig, text_hidden_size
 from vit_encoder.llama4.images import Llama4ImageSettings

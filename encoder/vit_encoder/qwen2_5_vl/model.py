@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vit_encoder.attention import Attention
 from vit_encoder.checkpoints import read_tensors
 from vit_encoder.compilation import CompilationConfig, support_torch_compile
-from vit_encoder.compilation.context import surroundings, tracing
+from vit_encoder.compilation.thread_state import surroundings, tracing
 from vit_encoder.modules import (
     can_nest_regions,
     check_dtype_and_device,

@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 
-from vit_encoder.compilation.artifacts import op_packages, package_code
+from vit_encoder.compilation.cache import op_packages, package_code
 from vit_encoder.compilation.config import CompilationConfig
-from vit_encoder.compilation.context import surroundings
 from vit_encoder.compilation.decorator import argument_names
-from vit_encoder.compilation.deployed import laid_out
-from vit_encoder.compilation.manifest import (
+from vit_encoder.compilation.deployment.load import laid_out
+from vit_encoder.compilation.deployment.manifest import (
     FORMAT,
     GRAPH,
     MANIFEST,
@@ -38,6 +37,7 @@ from vit_encoder.compilation.manifest import (
     machine,
     plain,
 )
+from vit_encoder.compilation.thread_state import surroundings
 from vit_encoder.compilation.workarounds import workarounds
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vit_encoder.compilation.manifest import (
+from vit_encoder.compilation.deployment.manifest import (
     GRAPH,
     WEIGHTS,
     check_configuration,

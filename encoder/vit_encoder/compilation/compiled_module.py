@@ -15,10 +15,10 @@ import torch.fx.experimental._config as fx_config
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vit_encoder.compilation.artifacts import artifacts
+from vit_encoder.compilation.cache import artifacts
 from vit_encoder.compilation.config import CompilationConfig, dump
-from vit_encoder.compilation.context import ModelTag, tracing
 from vit_encoder.compilation.counter import compilation_counter
+from vit_encoder.compilation.thread_state import ModelTag, tracing
 from vit_encoder.compilation.workarounds import compilation_lock, gradients_around_regions, workarounds
 
 # Otherwise all instances of a class share one limit of graphs (recompile_limit, 8), and one instance's graph counts as

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_encoder.compilation.artifacts import package_code
+from vit_encoder.compilation.cache import package_code
 
 GRAPH, WEIGHTS, MANIFEST = "graph.pt2", "weights.safetensors", "manifest.json"
 FORMAT = 2
