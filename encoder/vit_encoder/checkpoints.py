@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import chain
 from pathlib import Path, PureWindowsPath
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from vit_encoder.configs import check_file, read_json_object, what_it_is
@@ -31,6 +32,7 @@ FOREIGN_SUFFIXES = {".gguf", ".h5", ".msgpack", ".npz", ".onnx"}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Shape = tuple[int, ...]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,31 @@ def read_tensors(
         result[name] = torch.empty(parts.shape, dtype=dtype or widest, device=device)
     _fill(folder, files, {n: part for name, parts in wanted.items() for n, part in parts.split(result[name]).items()})
     return result
+
+
+def read_module(
+    make: Callable[[], Module],
+    folder: str | os.PathLike[str],
+    wanted: Mapping[str, HfTensors],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> Module:
+    """The module that `make` constructs, in eval mode, with the tensors of a checkpoint folder as its parameters.
+
+    Args:
+        make: called on the meta device once the tensors are there, so that no memory is filled twice.
+        folder, wanted, dtype, device: as for `read_tensors`; `wanted` names every parameter of the module.
+
+    Raises:
+        OSError, TypeError, ValueError: as `read_tensors` says.
+    """
+    tensors = read_tensors(folder, wanted, dtype=dtype, device=device)
+    with torch.device("meta"):
+        module = make()
+    module.load_state_dict(tensors, assign=True)
+    # What is computed rather than read, such as rotary tables, follows the parameters.
+    return module.to(next(iter(tensors.values())).device).eval()
 
 
 def _check_dtype(dtype: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from vit_kernels import linear_gelu, pixel_shuffle
 
 from vit_encoder.attention import Attention
+from vit_encoder.checkpoints import read_module
 from vit_encoder.compilation import CompilationConfig, support_torch_compile
 from vit_encoder.compilation.thread_state import tracing
-from vit_encoder.llama4.checkpoint import projector_tensors, read_tensors, vision_tensors
+from vit_encoder.llama4.checkpoint import projector_tensors, vision_tensors
 from vit_encoder.llama4.config import Llama4VisionConfig, text_hidden_size
 from vit_encoder.llama4.images import Llama4ImageSettings
 from vit_encoder.llama4.rotary import RotaryTables
@@ -227,12 +229,10 @@ class Llama4VisionModel(nn.Module):
         """
         config = Llama4VisionConfig.from_hf(folder)
         settings = image_settings or Llama4ImageSettings.from_hf(folder, image_size=config.image_size)
-        tensors = read_tensors(folder, vision_tensors(config), dtype=dtype, device=device)
-        with torch.device("meta"):
-            model = cls(config, compilation_config=compilation_config, fuse_gelu=fuse_gelu)
-        model.load_state_dict(tensors, assign=True)
+        make = partial(cls, config, compilation_config=compilation_config, fuse_gelu=fuse_gelu)
+        model = read_module(make, folder, vision_tensors(config), dtype=dtype, device=device)
         model.image_settings = settings
-        return model.to(model.class_embedding.device).eval()
+        return model
 
     def prepare_compilation(self) -> None:
         """What the decorator calls before Dynamo traces forward."""
@@ -290,11 +290,8 @@ class Llama4MultiModalProjector(nn.Module):
     ) -> Self:
         """Read the projector of a Hugging Face checkpoint folder; arguments and errors as for `Llama4VisionModel`."""
         width, text_width = Llama4VisionConfig.from_hf(folder).vision_output_dim, text_hidden_size(folder)
-        tensors = read_tensors(folder, projector_tensors(width, text_width), dtype=dtype, device=device)
-        with torch.device("meta"):
-            projector = cls(width, text_width)
-        projector.load_state_dict(tensors, assign=True)
-        return projector.eval()
+        wanted = projector_tensors(width, text_width)
+        return read_module(partial(cls, width, text_width), folder, wanted, dtype=dtype, device=device)
 
     def forward(self, image_features: Tensor) -> Tensor:
         """Shapes: [..., vision_output_dim] -> [..., text_width]."""

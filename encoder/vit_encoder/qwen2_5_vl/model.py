@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_encoder.attention import Attention
-from vit_encoder.checkpoints import read_tensors
+from vit_encoder.checkpoints import read_module
 from vit_encoder.compilation import CompilationConfig, support_torch_compile
 from vit_encoder.compilation.thread_state import surroundings, tracing
 from vit_encoder.modules import (
@@ -335,12 +336,10 @@ class Qwen2_5_VLVisionModel(nn.Module):  # noqa: N801 (transformers' prefix)
         """
         config = Qwen2_5_VLVisionConfig.from_hf(folder)
         settings = image_settings or Qwen2_5_VLImageSettings.from_hf(folder)
-        tensors = read_tensors(folder, vision_tensors(config), dtype=dtype, device=device)
-        with torch.device("meta"):
-            model = cls(config, compilation_config=compilation_config)
-        model.load_state_dict(tensors, assign=True)
+        make = partial(cls, config, compilation_config=compilation_config)
+        model = read_module(make, folder, vision_tensors(config), dtype=dtype, device=device)
         model.image_settings = settings
-        return model.eval()
+        return model
 
 
 def _carried() -> VisionMetadata:
