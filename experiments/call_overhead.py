@@ -89,7 +89,7 @@ def _ops(rounds: int) -> dict[str, float]:
     q, cu_seqlens = torch.zeros(1, 1, 16), torch.zeros(2, dtype=torch.int32)
     _dispatch.define(
         "call_overhead(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, str? impl) -> Tensor",
-        bodies={"eager": lambda q, *args: torch.empty_like(q)},
+        implementations={"eager": lambda q, *args: torch.empty_like(q)},
         fake=lambda q, *args: torch.empty_like(q),
     )
 

@@ -332,7 +332,7 @@ def scale_and_add(x: Tensor, y: Tensor, scale: float, total: Tensor | None) -> N
 
 _dispatch.define(
     "scale_and_add_(Tensor(a!) x, Tensor y, float scale, Tensor(b!)? total, str? impl) -> ()",
-    bodies={"eager": scale_and_add},
+    implementations={"eager": scale_and_add},
 )
 
 

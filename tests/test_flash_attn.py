@@ -16,7 +16,7 @@ from vit_kernels import _flash_attn, _validation, force_impl, varlen_attention
 from vit_kernels.reference import varlen_attention_reference
 from vit_kernels.testing import assert_close_to_reference, seeded_tensor
 from vit_kernels.testing.strategies import packed_sequences, seeds
-from vit_kernels.varlen_attention import BODIES
+from vit_kernels.varlen_attention import IMPLEMENTATIONS
 
 
 class StandIn(ModuleType):
@@ -76,7 +76,7 @@ def package() -> Any:
     stand_in = StandIn()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
-        monkeypatch.setitem(BODIES, "flash_attn", _flash_attn.varlen_attention)
+        monkeypatch.setitem(IMPLEMENTATIONS, "flash_attn", _flash_attn.varlen_attention)
         yield stand_in
 
 
@@ -175,7 +175,7 @@ def test_a_tensor_on_the_cpu_is_refused(package: StandIn) -> None:
 
 
 def test_without_the_package_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(BODIES, "flash_attn", raising=False)
+    monkeypatch.delitem(IMPLEMENTATIONS, "flash_attn", raising=False)
     q, cu_seqlens = torch.zeros(3, 1, 16, dtype=torch.float16), torch.tensor([0, 3], dtype=torch.int32)
     expected = "varlen_attention has no 'flash_attn' implementation, expected eager, triton"
     with force_impl("flash_attn"), pytest.raises(ValueError, match=expected):

@@ -68,7 +68,7 @@ class Inspector:
 
         The first question starts the counting.
         """
-        bodies = importlib.import_module("vit_kernels.varlen_attention").BODIES
+        bodies = importlib.import_module("vit_kernels.varlen_attention").IMPLEMENTATIONS
         if not isinstance(bodies["eager"], _Counted):
             bodies["eager"] = _Counted(bodies["eager"])
         return bodies["eager"].take()

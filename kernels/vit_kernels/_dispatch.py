@@ -1,7 +1,7 @@
-"""The one place that decides which body of an op runs, and that registers ops with torch.
+"""The one place that decides which implementation of an op runs, and that registers ops with torch.
 
 Every op has an `impl` argument that the public function fills in at trace time, so a compiled graph says itself
-which body it calls. With None, as in a direct call of `torch.ops.vit_kernels.*`, the device decides.
+which implementation it calls. With None, as in a direct call of `torch.ops.vit_kernels.*`, the device decides.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def choose(op: str, x: torch.Tensor, available: tuple[str, ...] = ("eager", "tri
 def define(
     schema: str,
     *,
-    bodies: Mapping[str, Callable[..., Any]],
+    implementations: Mapping[str, Callable[..., Any]],
     fake: Callable[..., Any] = lambda *args: None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
@@ -46,11 +46,11 @@ def define(
 ) -> None:
     """Register `vit_kernels::NAME` from a schema whose last argument is `str? impl` (no default: torch drops those).
 
-    The fake impl and every body take the schema's other arguments. The first one is a tensor whose device decides
+    The fake and every implementation take the schema's other arguments. The first one is a tensor whose device decides
     where the op runs. `setup_context` and `backward` are those of `torch.library.register_autograd`. Autocast casts
     the arguments named in `autocast`, and nothing within the op.
 
-    An op that writes to arguments, `Tensor(a!)`, returns `()`, so its fake impl has nothing to do. Such an op refuses
+    An op that writes to arguments, `Tensor(a!)`, returns `()`, so its fake has nothing to do. Such an op refuses
     gradients, and its calls count as in-place changes to autograd and to compilers. What it reads from the memory it
     writes to is copied first: a compiler may have decided that they share it.
     """
@@ -58,19 +58,19 @@ def define(
 
     def kernel(x: torch.Tensor, *args: Any) -> Any:
         *rest, impl = args
-        impl = choose(name, x, tuple(bodies)) if impl is None else impl
-        if impl not in bodies:
-            raise ValueError(f"impl: {name} has no {impl!r} implementation, expected {', '.join(bodies)}")
+        impl = choose(name, x, tuple(implementations)) if impl is None else impl
+        if impl not in implementations:
+            raise ValueError(f"impl: {name} has no {impl!r} implementation, expected {', '.join(implementations)}")
         if written:
             x, *rest = _validation.separate(written, x, *rest)
         if impl == "eager":
-            return bodies[impl](x, *rest)
+            return implementations[impl](x, *rest)
         # A kernel reads memory without asking: what a direct call may give it is looked at here, cheaply.
         for argument, tensor in zip(names, (x, *rest), strict=True):
             if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.numel():
                 _validation.check_last_dim_contiguous(argument, tensor)
         with launch_context(impl, x):
-            return bodies[impl](x, *rest)
+            return implementations[impl](x, *rest)
 
     def fake_kernel(x: torch.Tensor, *args: Any) -> Any:
         return fake(x, *args[:-1])

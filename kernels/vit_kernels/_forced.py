@@ -41,7 +41,7 @@ def force_impl(implementation: str) -> Iterator[None]:
 
     Read when an op is called or traced, and guarded by compiled code: changing it recompiles. The choice is a context
     variable: a task has its own, which starts as that of the code that created it.
-    `"eager"` is the PyTorch body, `"triton"` the kernel (on CPU tensors through Triton's interpreter, which
+    `"eager"` is PyTorch, `"triton"` the kernel (on CPU tensors through Triton's interpreter, which
     TRITON_INTERPRET=1 must have turned on), `"flash_attn"` the flash-attn package (varlen_attention only).
 
     Raises:

@@ -26,9 +26,7 @@ def unshuffle(x: Tensor, height: int, width: int, factor: int) -> Tensor:
 
 def check_grid(x: Tensor, height: int, width: int, factor: int, impl: str) -> tuple[int, int, int]:
     """`x` is [tiles, height * width, channels] and the grid divides by factor; the grid in integers of Python."""
-    _validation.check_tensor("x", x, 3, "[tiles, height * width, channels]")
-    _validation.check_dtype("x", x, impl)
-    _validation.check_last_dim_contiguous("x", x)
+    _validation.check_operand("x", x, 3, "[tiles, height * width, channels]", impl)
     height, width, factor = (
         _validation.positive_integer(name, value)
         for name, value in (("height", height), ("width", width), ("factor", factor))

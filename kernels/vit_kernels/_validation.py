@@ -29,7 +29,7 @@ def check_tensor(name: str, x: torch.Tensor, rank: int, shape: str) -> None:
 
 
 def check_dtype(name: str, x: torch.Tensor, impl: str) -> None:
-    """`x` has a dtype that the implementation takes: float64 is for the eager body only."""
+    """`x` has a dtype that the implementation takes: float64 is for the eager one only."""
     allowed = EAGER_DTYPES if impl == "eager" else KERNEL_DTYPES
     if x.dtype not in allowed:
         raise TypeError(f"{name}: got {x.dtype} for implementation {impl!r}, expected one of {allowed}")
@@ -39,6 +39,13 @@ def check_last_dim_contiguous(name: str, x: torch.Tensor) -> None:
     """The kernels read the last dimension as one run; a single element, or none, is one whatever the stride."""
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"{name}: got strides {x.stride()}, expected a contiguous last dimension")
+
+
+def check_operand(name: str, x: torch.Tensor, rank: int, shape: str, impl: str) -> None:
+    """`x` is a tensor that the implementation can read: of `rank`, of a dtype it takes, its last dimension one run."""
+    check_tensor(name, x, rank, shape)
+    check_dtype(name, x, impl)
+    check_last_dim_contiguous(name, x)
 
 
 def check_like(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:

@@ -14,9 +14,9 @@ def layer_norm_pixel_shuffle(
 ) -> Tensor:
     """`pixel_shuffle` of the layer norm of each token, with one read of x and one write.
 
-    Mean and variance are computed in float32, the result is rounded once. On a CPU the body is inlined, so that a
-    compiler fuses it. The gradient computes the statistics again. Autocast changes nothing: the result has the dtype of
-    x, where CUDA's layer norm would return float32.
+    Mean and variance are computed in float32, the result is rounded once. The eager implementation is inlined,
+    so that a compiler fuses it. The gradient computes the statistics again. Autocast changes nothing: the result has
+    the dtype of x, where CUDA's layer norm would return float32.
 
     Source: Ba et al., Layer Normalization (arXiv 1607.06450), equation 4; Meta's llama-models,
     `llama4/vision/encoder.py`, `PixelShuffle`.
@@ -36,7 +36,7 @@ def layer_norm_pixel_shuffle(
         TypeError: a dtype that the implementation does not take or that differs, the grid is not of integers, or eps
             is no number.
         ValueError: a shape, stride, device, factor or eps that does not fit.
-        NotImplementedError: the Triton body is given a tangent of forward-mode AD.
+        NotImplementedError: the Triton implementation is given a tangent of forward-mode AD.
     """
     impl = _dispatch.choose("layer_norm_pixel_shuffle", x)
     height, width, factor = _pixel_grid.check_grid(x, height, width, factor, impl)
@@ -49,8 +49,20 @@ def layer_norm_pixel_shuffle(
     return result
 
 
+def _validate(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        _validation.check_tensor(name, parameter, 1, "[channels]")
+        _validation.check_same_device(name, parameter, "x", x)
+        if parameter.dtype != torch.float32 or x.dtype == torch.float64:
+            _validation.check_like(name, parameter, "x", x)
+        _validation.check_like(name, parameter, "weight", weight)
+        _validation.check_last_dim_contiguous(name, parameter)
+        if parameter.shape[0] != x.shape[2]:
+            raise ValueError(f"{name}: got {parameter.shape[0]} channels, expected {x.shape[2]} as x has")
+
+
 def eager(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, factor: int, eps: float) -> Tensor:
-    """The PyTorch body."""
+    """The eager implementation: the norm in PyTorch, then the shuffle."""
     # On CUDA the result under autocast would be float32.
     normed = F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
     return _pixel_grid.shuffle(normed, height, width, factor)
@@ -65,18 +77,6 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, fa
     from vit_kernels._triton.layer_norm_pixel_shuffle import launch
 
     return launch(x, weight, bias, height, width, factor, eps)
-
-
-def _validate(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        _validation.check_tensor(name, parameter, 1, "[channels]")
-        _validation.check_same_device(name, parameter, "x", x)
-        if parameter.dtype != torch.float32 or x.dtype == torch.float64:
-            _validation.check_like(name, parameter, "x", x)
-        _validation.check_like(name, parameter, "weight", weight)
-        _validation.check_last_dim_contiguous(name, parameter)
-        if parameter.shape[0] != x.shape[2]:
-            raise ValueError(f"{name}: got {parameter.shape[0]} channels, expected {x.shape[2]} as x has")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -101,7 +101,7 @@ _dispatch.define(
     "layer_norm_pixel_shuffle(Tensor x, Tensor weight, Tensor bias, SymInt height, SymInt width, SymInt factor,"
     " float eps, str? impl) -> Tensor",
     fake=fake,
-    bodies={"eager": eager, "triton": _launch},
+    implementations={"eager": eager, "triton": _launch},
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -15,8 +15,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     What the linear layer gives is never written: of a vision encoder's widest activation that saves a write and two
     reads. It is rounded once, after the GELU. cuBLASLt's GELU epilogue is the tanh form, which is another function.
-    On a CPU the body is inlined, so that a compiler fuses it. The gradient computes the linear layer again. Under
-    autocast x, weight and bias are cast to its dtype, float64 excepted, as torch's own linear layer casts them.
+    The eager implementation is inlined, so that a compiler fuses it. The gradient computes the linear layer again.
+    Under autocast x, weight and bias are cast to its dtype, float64 excepted, as torch's own linear layer casts them.
 
     Source: Hendrycks and Gimpel, Gaussian Error Linear Units (arXiv 1606.08415), section 2, with the exact cdf.
 
@@ -32,7 +32,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Raises:
         TypeError: a dtype that the implementation does not take or that differs.
         ValueError: a shape, stride or device that does not fit.
-        NotImplementedError: the Triton body is given a tangent of forward-mode AD.
+        NotImplementedError: the Triton implementation is given a tangent of forward-mode AD.
     """
     x, weight, bias = _transforms.cast_for_autocast(x, weight, bias)
     impl = _dispatch.choose("linear_gelu", x)
@@ -45,25 +45,6 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return eager(x, weight, bias)
     result: Tensor = torch.ops.vit_kernels.linear_gelu.default(x, weight, bias, impl)
     return result
-
-
-def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The PyTorch body; half precisions are multiplied in float32, to be rounded once."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    u = F.linear(x.to(wide), weight.to(wide), bias.to(wide))
-    # On CPUs torch's GELU of infinity is NaN.
-    return torch.where(u == math.inf, u, F.gelu(u)).to(x.dtype)
-
-
-def fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Shape, dtype and strides of the output."""
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-def _launch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    from vit_kernels._triton.linear_gelu import launch
-
-    return launch(x, weight, bias)
 
 
 def _validate(x: Tensor, weight: Tensor, bias: Tensor, impl: str) -> None:
@@ -79,6 +60,25 @@ def _validate(x: Tensor, weight: Tensor, bias: Tensor, impl: str) -> None:
         raise ValueError(f"weight: got {weight.shape[1]} input features, expected {x.shape[1]} as x has")
     if bias.shape[0] != weight.shape[0]:
         raise ValueError(f"bias: got {bias.shape[0]} features, expected {weight.shape[0]} as weight has")
+
+
+def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The eager implementation; half precisions are multiplied in float32, to be rounded once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    u = F.linear(x.to(wide), weight.to(wide), bias.to(wide))
+    # On CPUs torch's GELU of infinity is NaN.
+    return torch.where(u == math.inf, u, F.gelu(u)).to(x.dtype)
+
+
+def fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Shape, dtype and strides of the output."""
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _launch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from vit_kernels._triton.linear_gelu import launch
+
+    return launch(x, weight, bias)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -103,7 +103,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _dispatch.define(
     "linear_gelu(Tensor x, Tensor weight, Tensor bias, str? impl) -> Tensor",
     fake=fake,
-    bodies={"eager": eager, "triton": _launch},
+    implementations={"eager": eager, "triton": _launch},
     setup_context=_setup_context,
     backward=_backward,
     autocast=("x", "weight", "bias"),

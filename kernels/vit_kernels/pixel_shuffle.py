@@ -14,7 +14,7 @@ def pixel_shuffle(x: Tensor, height: int, width: int, factor: int = 2) -> Tensor
 
     With rows = height // factor and columns = width // factor,
     `out[t, i * columns + j, (dh * factor + dw) * channels + c] = x[t, (factor * i + dh) * width + factor * j + dw, c]`.
-    On a CPU the body is inlined, so that a compiler fuses it. Autocast changes nothing.
+    The eager implementation is inlined, so that a compiler fuses it. Autocast changes nothing.
 
     Source: Meta's llama-models, `llama4/vision/encoder.py`, `PixelShuffle`.
 
@@ -30,7 +30,7 @@ def pixel_shuffle(x: Tensor, height: int, width: int, factor: int = 2) -> Tensor
     Raises:
         TypeError: x has a dtype that the implementation does not take, or the grid is not of integers.
         ValueError: a shape, stride or factor that does not fit.
-        NotImplementedError: the Triton body is given a tangent of forward-mode AD.
+        NotImplementedError: the Triton implementation is given a tangent of forward-mode AD.
     """
     impl = _dispatch.choose("pixel_shuffle", x)
     height, width, factor = _pixel_grid.check_grid(x, height, width, factor, impl)
@@ -79,14 +79,14 @@ def _backward_through(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
 _dispatch.define(
     "pixel_shuffle(Tensor x, SymInt height, SymInt width, SymInt factor, str? impl) -> Tensor",
     fake=fake,
-    bodies={"eager": _pixel_grid.shuffle, "triton": _launch},
+    implementations={"eager": _pixel_grid.shuffle, "triton": _launch},
     setup_context=_setup_context,
     backward=_backward_through("pixel_shuffle_backward"),
 )
 _dispatch.define(
     "pixel_shuffle_backward(Tensor grad, SymInt height, SymInt width, SymInt factor, str? impl) -> Tensor",
     fake=fake_backward,
-    bodies={"eager": _pixel_grid.unshuffle, "triton": _launch_backward},
+    implementations={"eager": _pixel_grid.unshuffle, "triton": _launch_backward},
     setup_context=_setup_context,
     backward=_backward_through("pixel_shuffle"),
 )

@@ -1,4 +1,4 @@
-"""Slow fp64 oracles, written from the definitions and sharing no code with the ops."""
+"""Slow fp64 references, written from the definitions and sharing no code with the ops."""
 
 import itertools
 

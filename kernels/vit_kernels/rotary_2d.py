@@ -13,8 +13,8 @@ def rotary_2d(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bo
     """Rotate channel pairs of q and k by the angles of each token's position.
 
     Pair (a, b) becomes (a * cos - b * sin, a * sin + b * cos), computed in float32 and rounded once. What makes it
-    2D is the table: half of its columns carry angles of x, half of y. On a CPU the body is inlined, so that a
-    compiler fuses it. All four tensors may require gradients. Autocast changes nothing.
+    2D is the table: half of its columns carry angles of x, half of y. The eager implementation is inlined, so
+    that a compiler fuses it. All four tensors may require gradients. Autocast changes nothing.
 
     Source: Su et al., RoFormer (arXiv 2104.09864), section 3.2; the pairings are those of transformers'
     `modeling_llama4.py` (interleaved) and `modeling_qwen2_5_vl.py` (halves).
@@ -31,7 +31,7 @@ def rotary_2d(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bo
     Raises:
         TypeError: a dtype that the implementation does not take, or that differs between q and k.
         ValueError: shapes, strides or devices that do not fit, tokens not a multiple of positions.
-        NotImplementedError: the Triton body is given a tangent of forward-mode AD.
+        NotImplementedError: the Triton implementation is given a tangent of forward-mode AD.
     """
     impl = _dispatch.choose("rotary_2d", q)
     _validate(q, k, cos, sin, impl)
@@ -41,8 +41,18 @@ def rotary_2d(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bo
     return torch.ops.vit_kernels.rotary_2d.default(q, k, cos, sin, interleaved, impl)
 
 
+def _validate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: str) -> None:
+    for name, x in (("q", q), ("k", k)):
+        _validation.check_operand(name, x, 3, "[tokens, heads, head_dim]", impl)
+    _validation.check_like("k", k, "q", q)
+    _validation.check_sizes(k.shape[0] == q.shape[0], "k: expected as many tokens as q has", k=k.shape[0], q=q.shape[0])
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(f"k: got head_dim {k.shape[2]}, expected {q.shape[2]} as q has")
+    _rotary_tables.check_tables("q", q, cos, sin)
+
+
 def eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """The PyTorch body."""
+    """The eager implementation: both rotations in PyTorch."""
     return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
 
 
@@ -80,18 +90,6 @@ def _launch_backward(
 
     _rotary_tables.check_tables("grad_q", grad_q, cos, sin)
     return launch(grad_q, grad_k, cos, sin, interleaved, inverse=True)
-
-
-def _validate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: str) -> None:
-    for name, x in (("q", q), ("k", k)):
-        _validation.check_tensor(name, x, 3, "[tokens, heads, head_dim]")
-        _validation.check_dtype(name, x, impl)
-        _validation.check_last_dim_contiguous(name, x)
-    _validation.check_like("k", k, "q", q)
-    _validation.check_sizes(k.shape[0] == q.shape[0], "k: expected as many tokens as q has", k=k.shape[0], q=q.shape[0])
-    if k.shape[2] != q.shape[2]:
-        raise ValueError(f"k: got head_dim {k.shape[2]}, expected {q.shape[2]} as q has")
-    _rotary_tables.check_tables("q", q, cos, sin)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -136,7 +134,7 @@ def _pairs(x: Tensor, cos: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 _dispatch.define(
     "rotary_2d(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, str? impl) -> (Tensor, Tensor)",
     fake=fake,
-    bodies={"eager": eager, "triton": _launch},
+    implementations={"eager": eager, "triton": _launch},
     setup_context=_setup_context,
     backward=_backward_through("rotary_2d_backward", inverse=False),
 )
@@ -144,7 +142,7 @@ _dispatch.define(
     "rotary_2d_backward(Tensor grad_q, Tensor grad_k, Tensor cos, Tensor sin, bool interleaved, str? impl)"
     " -> (Tensor, Tensor)",
     fake=fake,
-    bodies={"eager": eager_backward, "triton": _launch_backward},
+    implementations={"eager": eager_backward, "triton": _launch_backward},
     setup_context=_setup_context,
     backward=_backward_through("rotary_2d", inverse=True),
 )

@@ -38,17 +38,36 @@ def rotary_2d_qkv_(
         NotImplementedError: an argument has a tangent of forward-mode AD.
     """
     impl = _dispatch.choose("rotary_2d_qkv_", qkv)
-    _validation.check_tensor("qkv", qkv, 3, "[tokens, heads + 2 * kv_heads, head_dim]")
-    kv_heads = _a_third_of(qkv.shape[1]) if kv_heads is None else _validation.integer("kv_heads", kv_heads)
     interleaved = _validation.boolean("interleaved", interleaved)
-    _validate(qkv, cos, sin, kv_heads, impl)
-    _transforms.refuse_gradients("rotary_2d_qkv_", qkv=qkv, cos=cos, sin=sin)
+    kv_heads = _validate(qkv, cos, sin, kv_heads, impl)
     torch.ops.vit_kernels.rotary_2d_qkv_.default(qkv, cos, sin, kv_heads, interleaved, impl)
     return qkv
 
 
+def _validate(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int | None, impl: str) -> int:
+    """Check every tensor and return kv_heads, as an integer of Python."""
+    _validation.check_operand("qkv", qkv, 3, "[tokens, heads + 2 * kv_heads, head_dim]", impl)
+    kv_heads = _a_third_of(qkv.shape[1]) if kv_heads is None else _validation.integer("kv_heads", kv_heads)
+    if kv_heads < 1 or qkv.shape[1] <= 2 * kv_heads:
+        raise ValueError(f"kv_heads: got {kv_heads}, expected a positive number below half of {qkv.shape[1]} heads")
+    _rotary_tables.check_tables("qkv", qkv, cos, sin)
+    for name, table in (("cos", cos), ("sin", sin)):
+        _validation.check_separate_memory("qkv", qkv, name, table)
+    _transforms.refuse_gradients("rotary_2d_qkv_", qkv=qkv, cos=cos, sin=sin)
+    return kv_heads
+
+
+def _a_third_of(heads: int) -> int:
+    if heads % 3:
+        raise ValueError(f"qkv: got {heads} heads, expected a multiple of 3, or kv_heads given")
+    return heads // 3
+
+
 def eager(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, interleaved: bool) -> None:
-    """The PyTorch body: one product of complex numbers. No compiler fuses it, and real ones take ten times as long."""
+    """The eager implementation: one product of complex numbers.
+
+    No compiler fuses it, and real ones take ten times as long.
+    """
     compute_dtype = torch.promote_types(qkv.dtype, torch.float32)
     q_and_k = qkv[:, : qkv.shape[1] - kv_heads].unflatten(0, (-1, cos.shape[0]))  # [tiles, positions, heads, head_dim]
     pairs = q_and_k.unflatten(-1, (-1, 2) if interleaved else (2, -1))
@@ -66,23 +85,7 @@ def _launch(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, interleaved: b
     launch_in_place(q, k, cos, sin, interleaved)
 
 
-def _a_third_of(heads: int) -> int:
-    if heads % 3:
-        raise ValueError(f"qkv: got {heads} heads, expected a multiple of 3, or kv_heads given")
-    return heads // 3
-
-
-def _validate(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, impl: str) -> None:
-    _validation.check_dtype("qkv", qkv, impl)
-    _validation.check_last_dim_contiguous("qkv", qkv)
-    if kv_heads < 1 or qkv.shape[1] <= 2 * kv_heads:
-        raise ValueError(f"kv_heads: got {kv_heads}, expected a positive number below half of {qkv.shape[1]} heads")
-    _rotary_tables.check_tables("qkv", qkv, cos, sin)
-    for name, table in (("cos", cos), ("sin", sin)):
-        _validation.check_separate_memory("qkv", qkv, name, table)
-
-
 _dispatch.define(
     "rotary_2d_qkv_(Tensor(a!) qkv, Tensor cos, Tensor sin, int kv_heads, bool interleaved, str? impl) -> ()",
-    bodies={"eager": eager, "triton": _launch},
+    implementations={"eager": eager, "triton": _launch},
 )

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -93,21 +94,17 @@ def varlen_attention(
     q, k, v = _transforms.cast_for_autocast(q, k, v)
     return_lse = _validation.boolean("return_lse", return_lse)
     needs_lse = return_lse or (out is None and _needs_gradients(q, k, v))
-    impl = _dispatch.choose("varlen_attention", q, tuple(BODIES_WITH_LSE if needs_lse else BODIES))
-    _validate(q, k, v, cu_seqlens, cu_seqlens_k, impl)
-    scale = q.shape[2] ** -0.5 if scale is None else _validation.positive_number("scale", scale, at_most=2.0**127)
+    impl = _dispatch.choose("varlen_attention", q, tuple(IMPLEMENTATIONS_WITH_LSE if needs_lse else IMPLEMENTATIONS))
+    scale = _validate(q, k, v, cu_seqlens, cu_seqlens_k, scale, out, impl)
+    ops, arguments = torch.ops.vit_kernels, (q, k, v, cu_seqlens, cu_seqlens_k, scale)
     if out is not None:
-        _transforms.refuse_gradients("varlen_attention", q=q, k=k, v=v, out=out)
-        _validate_out(out, q, k, v)
         lse = _empty_lse(q) if return_lse else None
-        torch.ops.vit_kernels.varlen_attention_out.default(q, k, v, cu_seqlens, cu_seqlens_k, scale, out, lse, impl)
+        ops.varlen_attention_out.default(*arguments, out, lse, impl)
         return (out, lse) if lse is not None else out
     if needs_lse:
-        out, lse = torch.ops.vit_kernels.varlen_attention_with_lse.default(
-            q, k, v, cu_seqlens, cu_seqlens_k, scale, impl
-        )
+        out, lse = ops.varlen_attention_with_lse.default(*arguments, impl)
         return (out, lse) if return_lse else out
-    return torch.ops.vit_kernels.varlen_attention.default(q, k, v, cu_seqlens, cu_seqlens_k, scale, impl)
+    return ops.varlen_attention.default(*arguments, impl)
 
 
 def _needs_gradients(*inputs: Tensor) -> bool:
@@ -115,142 +112,35 @@ def _needs_gradients(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
-def eager(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float) -> Tensor:
-    """The PyTorch body: one SDPA call a run of sequences of equal lengths. It reads the boundaries on the host."""
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    scale = _sequences.scale_of_scores(scale, q.dtype)
-    rows = _sequences.rows(q, k, cu_seqlens, cu_seqlens_k)
-    # Only there does SDPA compute each sequence of a batch as it would alone, bit by bit: it packs the operands of half
-    # precisions as their number makes worthwhile, and leaves grouped heads to products of whole batches.
-    together = q.dtype.itemsize >= 4 and q.shape[1] == k.shape[1]
-    for run, run_k, sequences in _runs(rows) if together else ((*pair, 1) for pair in rows):
-        out[run] = _attend(q[run], k[run_k], v[run_k], sequences, scale)
-    return out
-
-
-def _runs(rows: list[tuple[slice, slice]]) -> list[tuple[slice, slice, int]]:
-    """Neighbours of equal lengths, joined, and how many they are."""
-
-    def key(place: int) -> tuple[int, ...]:
-        # Starts that are whole lengths apart have nothing between them.
-        return tuple(x for r in rows[place] for x in (r.stop - r.start, r.start - place * (r.stop - r.start)))
-
-    runs = []
-    for _, group in itertools.groupby(range(len(rows)), key):
-        first, *rest = group
-        last = rest[-1] if rest else first
-        (a, a_k), (b, b_k) = rows[first], rows[last]
-        runs.append((slice(a.start, b.stop), slice(a_k.start, b_k.stop), last - first + 1))
-    return runs
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, sequences: int, scale: float) -> Tensor:
-    special = None
-    if q.device.type == "cpu" and not (q.isfinite().all() and k.isfinite().all()):
-        parts = zip(q.chunk(sequences), k.chunk(sequences), v.chunk(sequences), strict=True)
-        special = torch.cat([_attend_with_special_values(*part, scale) for part in parts])
-    grouped = q.shape[1] != k.shape[1]
-    q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-    out = out.transpose(1, 2).flatten(0, 1)
-    # Finite rows keep the bits that they have without the others.
-    return out if special is None else torch.where(special.isfinite(), out, special)
-
-
-def _attend_with_special_values(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """One sequence, written out: on CPUs SDPA makes zeros of some rows whose scores are NaN or +inf."""
-    wide, group = torch.promote_types(q.dtype, torch.float32), q.shape[1] // k.shape[1]
-    queries, keys, values = (x.transpose(0, 1).to(wide) for x in (q, k, v))
-    scores = queries @ keys.repeat_interleave(group, 0).mT * scale
-    p = torch.softmax(scores, dim=-1).masked_fill(scores.amax(-1, keepdim=True) == -math.inf, 0)
-    return (p @ values.repeat_interleave(group, 0)).transpose(0, 1).to(q.dtype)
-
-
-def eager_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The PyTorch body, and the log-sum-exps by a second product: SDPA keeps its own."""
-    lse = _empty_lse(q).fill_(-math.inf)
-    group = q.shape[1] // k.shape[1]
-    scale = _sequences.scale_of_scores(scale, q.dtype)
-    for rows, rows_k in _sequences.rows(q, k, cu_seqlens, cu_seqlens_k):
-        queries, keys = (x.transpose(0, 1).to(lse.dtype) for x in (q[rows], k[rows_k]))
-        lse[:, rows] = (queries @ keys.repeat_interleave(group, 0).mT * scale).logsumexp(-1)
-    return eager(q, k, v, cu_seqlens, cu_seqlens_k, scale), lse
-
-
-def _empty_lse(q: Tensor) -> Tensor:
-    return q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-def fake(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float) -> Tensor:
-    """Shape, dtype and strides of the output."""
-    return q.new_empty(q.shape)
-
-
-def fake_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Shapes, dtypes and strides of the outputs."""
-    return q.new_empty(q.shape), _empty_lse(q)
-
-
-def _launch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float) -> Tensor:
-    out = q.new_empty(q.shape)
-    _launch_out(q, k, v, cu_seqlens, cu_seqlens_k, scale, out, None)
-    return out
-
-
-def _launch_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    out, lse = fake_with_lse(q, k, v, cu_seqlens, cu_seqlens_k, scale)
-    _launch_out(q, k, v, cu_seqlens, cu_seqlens_k, scale, out, lse)
-    return out, lse
-
-
-def _launch_out(
+def _validate(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
     cu_seqlens_k: Tensor | None,
-    scale: float,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
-    from vit_kernels._triton.varlen_attention import launch
+    scale: float | None,
+    out: Tensor | None,
+    impl: str,
+) -> float:
+    """Check every argument of the op but the contents of the boundaries, which a graph reads when it runs.
 
-    _validation.check_cu_seqlens_where_possible(cu_seqlens, cu_seqlens_k, q, k)
-    rows_of_keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    launch(q, k, v, cu_seqlens, rows_of_keys, scale, out=out, lse=lse)
-
-
-def _eager_out(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_k: Tensor | None,
-    scale: float,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
-    if lse is None:
-        out.copy_(eager(q, k, v, cu_seqlens, cu_seqlens_k, scale))
-    else:
-        new_out, new_lse = eager_with_lse(q, k, v, cu_seqlens, cu_seqlens_k, scale)
-        out.copy_(new_out)
-        lse.copy_(new_lse)
-
-
-def _validate(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, impl: str) -> None:
+    Returns:
+        The scale, as a float of Python.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _validation.check_tensor(name, x, 3, "[total_tokens, heads, head_dim]")
-        _validation.check_dtype(name, x, impl)
-        _validation.check_last_dim_contiguous(name, x)
+        _validation.check_operand(name, x, 3, "[total_tokens, heads, head_dim]", impl)
     _validation.check_like("k", k, "q", q)
     _validation.check_like("v", v, "q", q)
+    _validate_heads(q, k, v, impl)
+    _validate_boundaries(q, k, v, cu_seqlens, cu_seqlens_k)
+    scale = q.shape[2] ** -0.5 if scale is None else _validation.positive_number("scale", scale, at_most=2.0**127)
+    if out is not None:
+        _transforms.refuse_gradients("varlen_attention", q=q, k=k, v=v, out=out)
+        _validate_out(out, q, k, v)
+    return scale
+
+
+def _validate_heads(q: Tensor, k: Tensor, v: Tensor, impl: str) -> None:
     heads, head_dim = q.shape[1:]
     smallest = 8 if impl == "eager" else 16
     if head_dim % 8 or not smallest <= head_dim <= 256:
@@ -261,6 +151,9 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k:
         raise ValueError(f"k: got shape {tuple(k.shape)}, expected head_dim {head_dim} and a divisor of {heads} heads")
     if v.shape[1:] != k.shape[1:]:
         raise ValueError(f"v: got shape {tuple(v.shape)}, expected that of k {tuple(k.shape)}")
+
+
+def _validate_boundaries(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None) -> None:
     _validation.check_sizes(v.shape[0] == k.shape[0], "v: expected as many tokens as k has", v=v.shape[0], k=k.shape[0])
     _validate_cu_seqlens("cu_seqlens", cu_seqlens, q)
     if cu_seqlens_k is None:
@@ -304,6 +197,121 @@ def _validate_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         _validation.check_separate_memory("out", out, name, x)
 
 
+def eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """The eager implementation: one SDPA call a run of sequences of equal lengths, with the boundaries on the host.
+
+    SDPA keeps its log-sum-exps to itself: where they are asked for, they take a second product.
+    """
+    rows = _sequences.rows(q, k, cu_seqlens, cu_seqlens_k)
+    scale = _sequences.scale_of_scores(scale, q.dtype)
+    out.zero_()
+    # Only there does SDPA compute each sequence of a batch as it would alone, bit by bit: it packs the operands of half
+    # precisions as their number makes worthwhile, and leaves grouped heads to products of whole batches.
+    together = q.dtype.itemsize >= 4 and q.shape[1] == k.shape[1]
+    for run, run_k, sequences in _runs(rows) if together else ((*pair, 1) for pair in rows):
+        out[run] = _attend(q[run], k[run_k], v[run_k], sequences, scale)
+    if lse is not None:
+        lse.fill_(-math.inf)
+        for run, run_k in rows:
+            lse[:, run] = _log_sum_exp(q[run], k[run_k], scale, lse.dtype)
+
+
+def _log_sum_exp(q: Tensor, k: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """The log-sum-exps of one sequence, [heads, tokens]."""
+    queries, keys = (x.transpose(0, 1).to(dtype) for x in (q, k))
+    return (queries @ keys.repeat_interleave(q.shape[1] // k.shape[1], 0).mT * scale).logsumexp(-1)
+
+
+def _runs(rows: list[tuple[slice, slice]]) -> list[tuple[slice, slice, int]]:
+    """Neighbours of equal lengths, joined, and how many they are."""
+
+    def key(place: int) -> tuple[int, ...]:
+        # Starts that are whole lengths apart have nothing between them.
+        return tuple(x for r in rows[place] for x in (r.stop - r.start, r.start - place * (r.stop - r.start)))
+
+    runs = []
+    for _, group in itertools.groupby(range(len(rows)), key):
+        first, *rest = group
+        last = rest[-1] if rest else first
+        (a, a_k), (b, b_k) = rows[first], rows[last]
+        runs.append((slice(a.start, b.stop), slice(a_k.start, b_k.stop), last - first + 1))
+    return runs
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, sequences: int, scale: float) -> Tensor:
+    special = None
+    if q.device.type == "cpu" and not (q.isfinite().all() and k.isfinite().all()):
+        parts = zip(q.chunk(sequences), k.chunk(sequences), v.chunk(sequences), strict=True)
+        special = torch.cat([_attend_with_special_values(*part, scale) for part in parts])
+    grouped = q.shape[1] != k.shape[1]
+    q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+    out = out.transpose(1, 2).flatten(0, 1)
+    # Finite rows keep the bits that they have without the others.
+    return out if special is None else torch.where(special.isfinite(), out, special)
+
+
+def _attend_with_special_values(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """One sequence, written out: on CPUs SDPA makes zeros of some rows whose scores are NaN or +inf."""
+    wide, group = torch.promote_types(q.dtype, torch.float32), q.shape[1] // k.shape[1]
+    queries, keys, values = (x.transpose(0, 1).to(wide) for x in (q, k, v))
+    scores = queries @ keys.repeat_interleave(group, 0).mT * scale
+    p = torch.softmax(scores, dim=-1).masked_fill(scores.amax(-1, keepdim=True) == -math.inf, 0)
+    return (p @ values.repeat_interleave(group, 0)).transpose(0, 1).to(q.dtype)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    from vit_kernels._triton.varlen_attention import launch
+
+    _validation.check_cu_seqlens_where_possible(cu_seqlens, cu_seqlens_k, q, k)
+    rows_of_keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    launch(q, k, v, cu_seqlens, rows_of_keys, scale, out=out, lse=lse)
+
+
+def fake(q: Tensor, *rest: Any) -> Tensor:
+    """Shape, dtype and strides of the output."""
+    return q.new_empty(q.shape)
+
+
+def fake_with_lse(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Shapes, dtypes and strides of the outputs."""
+    return q.new_empty(q.shape), _empty_lse(q)
+
+
+def _empty_lse(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _to_new_memory(write: Callable[..., None], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation that returns new tensors: those of `fake`, into which `write` has written."""
+
+    def implementation(*arguments: Any) -> Any:
+        results = fake(*arguments)
+        out, lse = results if isinstance(results, tuple) else (results, None)
+        write(*arguments, out, lse)
+        return results
+
+    return implementation
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, v, cu_seqlens, cu_seqlens_k, ctx.scale, ctx.impl = inputs
     ctx.save_for_backward(q, k, v, cu_seqlens, cu_seqlens_k)
@@ -336,16 +344,17 @@ def _backward_with_lse(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -
     return *grads, None, None, None, None
 
 
-BODIES = {"eager": eager, "triton": _launch}
+WRITING = {"eager": eager, "triton": _launch}
+IMPLEMENTATIONS = {name: _to_new_memory(write, fake) for name, write in WRITING.items()}
 if _flash_attn.INSTALLED:
-    BODIES["flash_attn"] = _flash_attn.varlen_attention
-BODIES_WITH_LSE = {"eager": eager_with_lse, "triton": _launch_with_lse}
+    IMPLEMENTATIONS["flash_attn"] = _flash_attn.varlen_attention
+IMPLEMENTATIONS_WITH_LSE = {name: _to_new_memory(write, fake_with_lse) for name, write in WRITING.items()}
 
 _dispatch.define(
     "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k, float scale, str? impl)"
     " -> Tensor",
+    implementations=IMPLEMENTATIONS,
     fake=fake,
-    bodies=BODIES,
     setup_context=_setup_context,
     backward=_backward,
     autocast=("q", "k", "v"),
@@ -353,8 +362,8 @@ _dispatch.define(
 _dispatch.define(
     "varlen_attention_with_lse(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k, float scale,"
     " str? impl) -> (Tensor, Tensor)",
+    implementations=IMPLEMENTATIONS_WITH_LSE,
     fake=fake_with_lse,
-    bodies=BODIES_WITH_LSE,
     setup_context=_setup_context_with_lse,
     backward=_backward_with_lse,
     autocast=("q", "k", "v"),
@@ -362,6 +371,6 @@ _dispatch.define(
 _dispatch.define(
     "varlen_attention_out(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k, float scale,"
     " Tensor(a!) out, Tensor(b!)? lse, str? impl) -> ()",
-    bodies={"eager": _eager_out, "triton": _launch_out},
+    implementations=WRITING,
     autocast=("q", "k", "v"),
 )

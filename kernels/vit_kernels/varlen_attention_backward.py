@@ -87,6 +87,6 @@ _dispatch.define(
     "varlen_attention_backward(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     " Tensor cu_seqlens, Tensor? cu_seqlens_k, float scale, str? impl) -> (Tensor, Tensor, Tensor)",
     fake=fake,
-    bodies={"eager": eager, "triton": _launch},
+    implementations={"eager": eager, "triton": _launch},
     backward=_second_derivative,
 )
