@@ -150,7 +150,7 @@ def side(name: str, value: object) -> object:
 
 
 def rope_theta(section: Mapping[str, Any]) -> object:
-    """Where transformers finds it: in `rope_parameters`, which wins, or beside the other fields; None where nowhere.
+    """The value as transformers finds it: in `rope_parameters`, which wins, or beside the other fields; else None.
 
     Raises TypeError and ValueError for rotary embeddings that are scaled, which no vision encoder here has.
     """

@@ -25,5 +25,5 @@ class Rotation:
         self.sin = sin
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Rotation:
-        """On another device; accelerate asks this of the arguments of a layer that it placed there."""
+        """The tables on another device; accelerate asks this of the arguments of a layer that it placed there."""
         return Rotation(self.cos.to(device, non_blocking=non_blocking), self.sin.to(device, non_blocking=non_blocking))

@@ -146,7 +146,7 @@ def _folder(path: Path) -> Path | None:
 
 
 def _forget() -> None:
-    """In a forked child: the directories are its parent's, which deletes them at its own end."""
+    """Forget the directories in a forked child: they are its parent's, which deletes them at its own end."""
     _directories.clear()
     _complete.clear()
 

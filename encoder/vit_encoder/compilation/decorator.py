@@ -264,7 +264,7 @@ def _run(module: Any, settings: _Settings, config: CompilationConfig, args: list
     aliases: list[Tensor] = []
 
     def aliased(tensor: Tensor) -> Tensor:
-        """Its alias, in all of its places: Dynamo guards which arguments are one tensor."""
+        """The tensor's alias, put in all of its places: Dynamo guards which arguments are one tensor."""
         if any(tensor is alias for alias in aliases):
             return tensor
         aliases.append(alias := _alias(tensor))

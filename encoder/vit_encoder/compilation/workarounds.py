@@ -35,7 +35,7 @@ def compilation_lock() -> Iterator[None]:
 
 @contextlib.contextmanager
 def workarounds() -> Iterator[None]:
-    """All of them; around a backend's compilation."""
+    """Apply all workarounds, around a backend's compilation."""
     with compilation_lock(), regions_inferred_once(), first_instruction_set(), gradients_around_regions():
         yield
 

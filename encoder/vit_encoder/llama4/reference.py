@@ -1,4 +1,4 @@
-"""A slow fp64 oracle of the whole encoder, sharing no code with the model: it only reads its weights."""
+"""A slow fp64 reference of the whole encoder, sharing no code with the model: it only reads its weights."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def reference_forward(model: nn.Module, pixel_values: Tensor, *, progress: bool 
     x = torch.cat([x, weight("class_embedding").expand(len(x), 1, -1)], dim=1) + weight("position_embedding")
     x = layer_norm(x, "norm_pre").flatten(0, 1)
     norms = ["norm_in", *(f"layers.{i}.norm_out" for i in range(config.num_hidden_layers))]
-    for i in tqdm(range(config.num_hidden_layers), desc="fp64 oracle, layers", disable=not progress):
+    for i in tqdm(range(config.num_hidden_layers), desc="fp64 reference, layers", disable=not progress):
         x = x + attention(layer_norm(x, norms[i]), f"layers.{i}.attention")
         hidden = _gelu(linear(layer_norm(x, f"layers.{i}.norm_2"), f"layers.{i}.mlp.fc1"))
         x = x + linear(hidden, f"layers.{i}.mlp.fc2")

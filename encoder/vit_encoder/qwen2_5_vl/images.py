@@ -198,7 +198,7 @@ def patch_image(
 
 
 def _frames(image: object) -> list[ImageInput] | None:
-    """Those of a video; None for an image."""
+    """The frames of a video; None for an image."""
     is_array = isinstance(image, np.ndarray | Tensor) and image.ndim == 4
     if not is_array and not isinstance(image, list | tuple):
         return None

@@ -34,7 +34,7 @@ class VisionMetadata(NamedTuple):
 
 
 class _Units(NamedTuple):
-    """Of every unit: the first unit of its frame, its row and column, and its frame's height and width in units."""
+    """For every unit the first unit of its frame, its row and column, and its frame's height and width in units."""
 
     start: Tensor
     row: Tensor

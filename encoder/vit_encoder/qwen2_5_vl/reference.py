@@ -1,4 +1,4 @@
-"""A slow fp64 oracle of the whole encoder, sharing no code with the model: it only reads its weights."""
+"""A slow fp64 reference of the whole encoder, sharing no code with the model: it only reads its weights."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def reference_forward(model: nn.Module, pixel_values: Tensor, grid_thw: Tensor, 
 
     x = (pixel_values.double() @ weight("patch_embed.weight").T)[order]
     norms = ["norm_in", *(f"layers.{i}.norm_out" for i in range(config.depth))]
-    for i in tqdm(range(config.depth), desc="fp64 oracle, layers", disable=not progress):
+    for i in tqdm(range(config.depth), desc="fp64 reference, layers", disable=not progress):
         cu_seqlens = by_frame if i in config.fullatt_block_indexes else by_window
         x = x + attention(rms_norm(x, norms[i]), f"layers.{i}.attention", cu_seqlens)
         gate, up = linear(rms_norm(x, f"layers.{i}.norm_2"), f"layers.{i}.mlp.gate_up").tensor_split(2, dim=-1)
@@ -92,7 +92,7 @@ def _windows(config: Qwen2_5_VLVisionConfig, grids: list[list[int]]) -> list[lis
 
 
 def _angles(config: Qwen2_5_VLVisionConfig, grids: list[list[int]]) -> Tensor:
-    """Those of every patch, in the order of the pixels: [patches, head_dim // 2]."""
+    """The angles of every patch, in the order of the pixels: [patches, head_dim // 2]."""
     quarter = config.head_dim // 4
     frequencies = torch.tensor(
         [config.rope_theta ** (-i / quarter) for i in range(quarter)], dtype=torch.float64, device="cpu"

@@ -33,7 +33,7 @@ _runners: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _keep_runners() -> None:
-    """In a forked child, for good: a dying runner deletes the files that it unpacked, and these are the parent's."""
+    """Keep a forked child's runners for good: a dying one deletes the files that it unpacked, those of the parent."""
     for runner in _runners:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(runner))
 
@@ -113,7 +113,7 @@ def _fits(size: int, known: int | str, sizes: dict[str, int]) -> bool:
 
 
 def laid_out(x: Tensor) -> Tensor:
-    """As the generated code takes it: its values themselves, contiguous, on a boundary of 16 bytes."""
+    """The tensor as the generated code takes it: its values themselves, contiguous, on a boundary of 16 bytes."""
     x = x.detach().resolve_conj().resolve_neg().contiguous()
     return x.clone() if x.data_ptr() % _ALIGNMENT else x
 

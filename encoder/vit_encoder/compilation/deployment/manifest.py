@@ -84,7 +84,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def checksum(file: Path) -> str:
-    """Of a file's content, in hexadecimal."""
+    """The SHA-256 of a file's content, in hexadecimal."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 

@@ -69,7 +69,7 @@ def _say(level: str, text: str) -> None:
 
 @functools.cache
 def _sources_hash() -> str:
-    """Of both packages: a compiled graph calls ops whose bodies it does not hold."""
+    """A hash of both packages: a compiled graph calls ops whose implementations it does not hold."""
     digest = hashlib.sha256()
     for package in ("vit_kernels", "vit_encoder"):
         spec = importlib.util.find_spec(package)
