@@ -1,8 +1,8 @@
 """Whether a hot number of tiles deserves a graph of its own: static against dynamic sizes, call by call.
 
 The same encoder is compiled once for every size, and once more with a static graph for the hot one. What the second
-costs is another compilation (`experiments.compile_ledger`); what it gains is measured here, interleaved. For launches
-and bytes of the CUDA graph with static and dynamic sizes see `experiments.graph_ledger`.
+costs is another compilation (`experiments.compile_cost`); what it gains is measured here, interleaved. For launches
+and bytes of the CUDA graph with static and dynamic sizes see `experiments.launches`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from rich.console import Console
 from vit_encoder import CompilationConfig, Llama4VisionModel
 
-from experiments.comparison import ALLOWED_EPS, relative_error
-from experiments.compile_subjects import llama4_config, pixels
-from experiments.environment import environment
-from experiments.measure import interleaved, summary
-from experiments.weights import random_encoder
+from experiments.common.comparison import ALLOWED_EPS, relative_error
+from experiments.common.environment import environment
+from experiments.common.measure import interleaved, summary
+from experiments.common.weights import random_encoder
+from experiments.compile_cost.subjects import llama4_config, pixels
 
 RESULTS = Path(__file__).parent / "results" / "local"
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from vit_kernels._triton import varlen_attention
 
-from experiments.environment import environment
+from experiments.common.environment import environment
 
 HEAD_DIMS = (64, 80, 88, 128)
 RESULTS = Path(__file__).parent / "results" / "rotate_queries.json"

@@ -21,9 +21,9 @@ from vit_kernels import force_impl
 from vit_kernels.reference import rotary_2d_reference, varlen_attention_reference
 from vit_kernels.testing import corrected_interpreter
 
-from experiments.microbenchmarks import cases, comparison, test_ops
-from experiments.microbenchmarks.cases import OURS, PEERS, Case, Setting, case_builders, contenders
-from experiments.microbenchmarks.comparison import Ceilings, Outcome, absence, compare, judge
+from experiments.kernels.microbenchmarks import cases, comparison, test_ops
+from experiments.kernels.microbenchmarks.cases import OURS, PEERS, Case, Setting, case_builders, contenders
+from experiments.kernels.microbenchmarks.comparison import Ceilings, Outcome, absence, compare, judge
 
 ROOT = Path(__file__).parents[1]
 CPU = Setting(torch.device("cpu"))
@@ -264,7 +264,7 @@ def test_an_absent_contender_is_skipped_with_the_reason(monkeypatch: pytest.Monk
 RUN_SMALL = f"""
 import sys
 import pytest
-from experiments.microbenchmarks import cases, comparison
+from experiments.kernels.microbenchmarks import cases, comparison
 
 for name, value in {SMALL}.items():
     setattr(cases, name, value)
@@ -277,7 +277,14 @@ sys.exit(pytest.main(sys.argv[1:]))
 def test_the_folder_runs_with_benchmarks_on_and_its_results_name_no_machine(tmp_path: Path) -> None:
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     results = tmp_path / "results.json"
-    command = [sys.executable, "-c", RUN_SMALL, "experiments/microbenchmarks", f"--benchmark-json={results}", "-q"]
+    command = [
+        sys.executable,
+        "-c",
+        RUN_SMALL,
+        "experiments/kernels/microbenchmarks",
+        f"--benchmark-json={results}",
+        "-q",
+    ]
     command += ["-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
@@ -294,7 +301,7 @@ def test_the_folder_runs_with_benchmarks_on_and_its_results_name_no_machine(tmp_
 
 
 def test_interpreted_kernels_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    conftest = importlib.import_module("experiments.microbenchmarks.conftest")
+    conftest = importlib.import_module("experiments.kernels.microbenchmarks.conftest")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(pytest.UsageError, match="TRITON_INTERPRET"):
         conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace()))
