@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from experiments.compile_cost import __main__ as compile_cost
 from experiments.compile_cost import process
 from experiments.compile_cost.subjects import SUBJECTS, Subject
 
+ROOT = Path(__file__).parents[1]
 SIZE = ["--model", "llama4", "--layers", "1", "--heads", "1"]
 
 
@@ -122,3 +125,14 @@ def test_a_figure_and_a_file_are_written(
     result = json.loads((tmp_path / "compile_ledger-llama4-176.json").read_text())
     assert [each["problem"] for each in result["rows"]].count("wrong") == 1
     assert (tmp_path / "compile_ledger-llama4-176.png").stat().st_size > 10_000
+
+
+def test_the_calls_of_every_committed_form_are_measured(tmp_path: Path) -> None:
+    # In a process of its own: it registers an op and takes one thread.
+    command = [sys.executable, "-m", "experiments.compile_cost", "--calls", "--layers", "1", "--rounds", "1"]
+    subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    made = json.loads((tmp_path / "call_overhead-1.json").read_text())
+    committed = json.loads((ROOT / "experiments/results/call_overhead-34.json").read_text())
+    assert made["microseconds"].keys() == committed["microseconds"].keys()
+    assert committed.keys() <= made.keys()
+    assert (made["layers"], committed["layers"]) == (1, 34)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from experiments.vllm import offline
+from experiments.vllm.__main__ import main
 
 
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answers: dict[str, Any], *arguments: str) -> int:
@@ -26,7 +27,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answers: dict[str, Any]
 
     monkeypatch.setattr(offline.subprocess, "run", process)
     monkeypatch.setattr(offline.importlib.util, "find_spec", lambda name: True)
-    return offline.main(["--model", str(tmp_path), *arguments])
+    return main(["--offline", "--model", str(tmp_path), *arguments])
 
 
 VARIANTS = ["off-compiled", "encoder-compiled"]
@@ -71,7 +72,7 @@ def test_a_variant_that_fails_is_told_with_its_first_error(
 )
 def test_bad_arguments_are_named(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exited:
-        offline.main(arguments)
+        main(["--offline", *arguments])
     assert exited.value.code == 2
     assert told in capsys.readouterr().err
 
@@ -81,5 +82,5 @@ def test_without_vllm_the_environment_is_named(
 ) -> None:
     monkeypatch.setattr(offline.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        offline.main([])
+        main(["--offline"])
     assert "./scripts/test_vllm.sh --set-up-only" in capsys.readouterr().err

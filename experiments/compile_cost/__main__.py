@@ -24,6 +24,7 @@ from rich.table import Table
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from experiments.common.environment import environment
+from experiments.compile_cost import calls
 from experiments.compile_cost.figure import draw
 from experiments.compile_cost.subjects import HEAD_DIMS, SUBJECTS
 
@@ -53,11 +54,16 @@ GOALS: dict[str, tuple[tuple[str, str | None, float], ...]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print and write; the exit status is 1 where a form was wrong or failed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--calls" in arguments:
+        return calls.main([argument for argument in arguments if argument != "--calls"])
     parser = argparse.ArgumentParser(
         prog="python -m experiments.compile_cost",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    parser.add_argument("--calls", action="store_true", help="what each call costs instead; --calls --help says more")
     parser.add_argument("--model", choices=SUBJECTS, default="llama4", help="default: %(default)s")
     parser.add_argument("--layers", type=_positive, default=34, metavar="N", help="default: %(default)s")
     parser.add_argument("--heads", type=_positive, default=2, metavar="N", help="default: 2, so width 176 or 160")

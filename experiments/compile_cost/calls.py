@@ -29,7 +29,7 @@ OP_CALLS = 20
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.compile_cost.calls", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m experiments.compile_cost --calls", description=__doc__)
     parser.add_argument("--layers", type=int, default=34, help="layers of the tiny encoder (default: 34)")
     parser.add_argument("--rounds", type=int, default=300, help="rounds of 20 calls, of which the best counts")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: %(default)s)")
@@ -117,7 +117,3 @@ def _best(call: Callable[[], Any], rounds: int, calls: int = 20) -> float:
             call()
         times.append(time.perf_counter() - start)
     return min(times) / calls * 1e6
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -26,6 +26,7 @@ from rich.console import Console
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from experiments.common.environment import environment as machine
+from experiments.vllm import offline
 from experiments.vllm.load import Load, drive, image_files
 from experiments.vllm.report import ENOUGH_ROUNDS, differences, draw, table
 from experiments.vllm.server import ServerError, check_port, end_of, free_port, serving, vllm_command
@@ -67,6 +68,9 @@ class Result:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the experiment and return its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--offline" in arguments:
+        return offline.main([argument for argument in arguments if argument != "--offline"])
     parser = _parser()
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
@@ -106,6 +110,10 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--offline", action="store_true", help="compare the text about images instead; --offline --help says more"
     )
     keys = [variant.key for variant in VARIANTS]
     parser.add_argument("--model", type=Path, help="folder of a Llama 4 checkpoint (default: a tiny random one)")

@@ -1,4 +1,4 @@
-"""vLLM's text about images, in this process; the environment chooses the variant. Run by `experiments.vllm.offline`."""
+"""vLLM's text about images, in this process; the environment says the variant. Run by `experiments.vllm --offline`."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.vllm.offline",
+        prog="python -m experiments.vllm --offline",
         usage="%(prog)s [options]",
         description=__doc__,
         epilog=EXAMPLES,
@@ -155,7 +155,3 @@ def _verdict(answers: list[Answers]) -> list[str]:
     if _all_agree(written):
         return [*lines, f"{len(written)} variants wrote the same tokens"]
     return [*lines, "the tokens differ: expected in low precision, where a near tie can fall either way"]
-
-
-if __name__ == "__main__":
-    sys.exit(main())
