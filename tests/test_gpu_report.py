@@ -225,7 +225,7 @@ def test_on_a_gpu_the_folder_has_its_name_and_a_failed_stage_fails_the_report(
 ) -> None:
     around = environment() | {"devices": [{"name": "Some GPU, 80 GB"}], "date": "2026-01-02T03:04:05+00:00"}
     monkeypatch.setattr(gpu_report, "environment", lambda: around)
-    monkeypatch.setattr(gpu_report, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_report.cli, "LOCAL", tmp_path)
 
     def run_stages(stages: list[Stage], folder: Path) -> list[Outcome]:
         return [Outcome(stage.name, "exit status 1" if stage.name == "tuning" else None, 1, "") for stage in stages]

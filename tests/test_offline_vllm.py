@@ -66,7 +66,7 @@ def test_a_variant_that_fails_is_told_with_its_first_error(
     [
         (["--model", "nowhere"], "--model: got 'nowhere'"),
         (["--image", "nowhere.png"], "--image: got 'nowhere.png', expected an image"),
-        (["--max-tokens", "0"], "--max-tokens: got 0"),
+        (["--max-tokens", "0"], "--max-tokens: got '0'"),
         (["--engine", "[]"], "--engine: got [], expected a JSON object"),
     ],
 )

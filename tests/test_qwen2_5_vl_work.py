@@ -12,6 +12,7 @@ from vit_encoder.qwen2_5_vl import reference_forward, vision_metadata
 from vit_kernels import force_impl
 from vit_kernels.testing import assert_close_to_reference, corrected_interpreter
 
+from experiments.common import cli
 from experiments.common.peers import transformers_qwen2_5_vl
 from experiments.kernels import attention_flops
 from tests.qwen2_5_vl_batches import encoder, patches
@@ -37,7 +38,7 @@ def ratio(workload: str) -> float:
 
 
 def test_the_committed_table_is_what_the_code_computes() -> None:
-    committed = json.loads((attention_flops.RESULTS / "attention_work.json").read_text(encoding="utf-8"))["rows"]
+    committed = json.loads((cli.COMMITTED / "attention_work.json").read_text(encoding="utf-8"))["rows"]
     here = attention_flops.installed()
     made = [attention_flops.row(workload, attention) for workload in WORKLOADS.values() for attention in here]
     names = {attention.name for attention in here}

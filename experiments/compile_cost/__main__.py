@@ -7,7 +7,6 @@ features are not those of the eager encoder has no figures.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -23,12 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from experiments.common.environment import environment
+from experiments.common import cli
 from experiments.compile_cost import calls
 from experiments.compile_cost.figure import draw
 from experiments.compile_cost.subjects import HEAD_DIMS, SUBJECTS
 
-RESULTS = Path(__file__).parents[1] / "results"
 SECONDS_OF_A_PROCESS = 1800
 
 # (name, form of experiments.compile_cost.process, what it is)
@@ -57,46 +55,33 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--calls" in arguments:
         return calls.main([argument for argument in arguments if argument != "--calls"])
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.compile_cost",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.parser("python -m experiments.compile_cost", __doc__)
     parser.add_argument("--calls", action="store_true", help="what each call costs instead; --calls --help says more")
     parser.add_argument("--model", choices=SUBJECTS, default="llama4", help="default: %(default)s")
-    parser.add_argument("--layers", type=_positive, default=34, metavar="N", help="default: %(default)s")
-    parser.add_argument("--heads", type=_positive, default=2, metavar="N", help="default: 2, so width 176 or 160")
-    parser.add_argument("--rounds", type=_positive, default=1, metavar="N", help="default: 1, about 4 minutes")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for JSON and PNG (default: %(default)s)")
+    parser.add_argument("--layers", type=cli.positive, default=34, metavar="N", help="default: %(default)s")
+    parser.add_argument("--heads", type=cli.positive, default=2, metavar="N", help="default: 2, so width 176 or 160")
+    parser.add_argument("--rounds", type=cli.positive, default=1, metavar="N", help="default: 1, about 4 minutes")
+    cli.add_out(parser, "JSON and PNG")
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg()[0]
     samples = measure(options.model, options.layers, options.heads, options.rounds)
     rows = [_summary(name, what, samples[name]) for name, _, what in ROWS]
-    result = {
-        "experiment": "compile_ledger",
-        "model": options.model,
-        "layers": options.layers,
-        "width": options.heads * HEAD_DIMS[options.model],
-        "rounds": options.rounds,
-        "load_before": load,
-        "environment": environment(),
-        "rows": rows,
-        "goals": _goals(options.model, rows),
-    }
+    result = cli.result(
+        "compile_ledger",
+        model=options.model,
+        layers=options.layers,
+        width=options.heads * HEAD_DIMS[options.model],
+        rounds=options.rounds,
+        load_before=load,
+        rows=rows,
+        goals=_goals(options.model, rows),
+    )
     path = options.out / f"compile_ledger-{options.model}-{result['width']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    cli.write_json(path, result)
     draw(result, path.with_suffix(".png"))
-    _print(Console(width=None if sys.stdout.isatty() else 140, highlight=False), result)
+    _print(cli.console(), result)
     print(f"wrote {path} and {path.with_suffix('.png').name}")
     return int(any(row["problem"] for row in rows))
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, expected at least 1")
-    return value
 
 
 def measure(model: str, layers: int, heads: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
@@ -129,7 +114,7 @@ def _run(form: str, size: list[str], folder: Path) -> dict[str, Any]:
             done = subprocess.run(
                 [*command, str(time.time())],
                 env={**os.environ, **variables},
-                cwd=Path(__file__).parents[2],
+                cwd=cli.ROOT,
                 capture_output=True,
                 text=True,
                 check=False,

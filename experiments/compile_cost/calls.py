@@ -5,54 +5,47 @@ The graph is replaced by one that returns a ready tensor. Prints a table and wri
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from vit_encoder import CompilationConfig, Llama4VisionConfig, Llama4VisionModel
 from vit_kernels import _dispatch
 
-from experiments.common.environment import environment
+from experiments.common import cli
 
-RESULTS = Path(__file__).parents[1] / "results" / "local"
 OP_CALLS = 20
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.compile_cost --calls", description=__doc__)
-    parser.add_argument("--layers", type=int, default=34, help="layers of the tiny encoder (default: 34)")
-    parser.add_argument("--rounds", type=int, default=300, help="rounds of 20 calls, of which the best counts")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: %(default)s)")
+    parser = cli.parser("python -m experiments.compile_cost --calls", __doc__)
+    parser.add_argument("--layers", type=cli.positive, default=34, help="layers of the tiny encoder (default: 34)")
+    parser.add_argument("--rounds", type=cli.positive, default=300, help="rounds of 20 calls, of which the best counts")
+    cli.add_out(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
     config = replace(Llama4VisionConfig.tiny(), num_hidden_layers=options.layers)
     model = Llama4VisionModel(config).eval()
     pixel_values = torch.zeros(2, config.num_channels, config.image_size, config.image_size)
-    result = {
-        "layers": options.layers,
-        "parameters": sum(1 for _ in model.parameters()),
-        "microseconds": _forms(model, pixel_values, options.rounds) | _ops(options.rounds),
-        "load_before": load,
-        "environment": environment(),
-    }
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    result = cli.result(
+        "call_overhead",
+        layers=options.layers,
+        parameters=sum(1 for _ in model.parameters()),
+        microseconds=_forms(model, pixel_values, options.rounds) | _ops(options.rounds),
+        load_before=load,
+    )
+    console = cli.console()
     console.print(f"{result['layers']} layers, {result['parameters']} parameters, best of {options.rounds} rounds")
     for name, microseconds in result["microseconds"].items():
         console.print(f"{microseconds:8.1f} us  {name}")
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"call_overhead-{options.layers}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    cli.write_json(path, result)
     console.print(f"wrote {path}")
     return 0
 

@@ -5,7 +5,6 @@ Explains the tiny Llama 4 encoder, or what a function of yours returns.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import logging
@@ -25,19 +24,19 @@ from rich.console import Console
 from torch import nn
 from vit_encoder import CompilationConfig, Llama4VisionConfig, Llama4VisionModel, compilation_counter
 
-EXAMPLES = """examples:
-  %(prog)s
+from experiments.common import cli
+
+EXAMPLES = """  %(prog)s
   %(prog)s my_package.my_module:subject
       where subject() returns (module, [arguments of one call, arguments of the next, ...])
   %(prog)s --guards
 
 With tlparse (`pip install tlparse`) a report of every compilation step is written to --report.
-
-exit status:
-  0  one graph, no break, no recompilation
-  1  anything else
-  2  bad arguments
 """
+STATUSES = {
+    0: "one graph, no break, no recompilation",
+    1: "anything else",
+}
 
 Subject = tuple[nn.Module, list[tuple[Any, ...]]]
 
@@ -53,11 +52,12 @@ def encoder() -> Subject:
 
 def main(arguments: list[str] | None = None) -> int:
     """Explain, print, and return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.compile_cost.explain",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = cli.parser(
+        "python -m experiments.compile_cost.explain",
+        __doc__,
+        arguments="[subject] [options]",
+        examples=EXAMPLES,
+        statuses=STATUSES,
     )
     parser.add_argument(
         "subject", nargs="?", default="experiments.compile_cost.explain:encoder", help="module:function"
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         module, calls = _subject(options.subject)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         parser.error(f"subject: got {options.subject!r}, expected module:function: {error}")
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
+    console = cli.console(markup=False)
     if not tlparse:
         console.print("tlparse is not installed: no report of the single steps")
     whole = _explain_breaks(console, module, calls[0], list_guards=options.guards)
@@ -113,7 +113,8 @@ def _explain_breaks(console: Console, module: nn.Module, call: tuple[Any, ...], 
             console.print(f"guard {guard.create_fn_name()} on {guard.name}")
     else:
         kinds = Counter(guard.create_fn_name() for guard in guards)
-        console.print("guards: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        console.print(f"guards: {counts}", soft_wrap=True)
     return bool(explanation.graph_break_count == 0)
 
 

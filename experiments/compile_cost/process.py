@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from vit_encoder import CompilationConfig, export, load
 
+from experiments.common import cli
 from experiments.common.comparison import ALLOWED_EPS, relative_error
 from experiments.compile_cost.subjects import SUBJECTS, Batch, Subject
 
@@ -26,7 +27,7 @@ Call = Callable[[int], Tensor]
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure one form and print what was seen."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.compile_cost.process", description=__doc__)
+    parser = cli.parser("python -m experiments.compile_cost.process", __doc__, arguments="form [options]")
     parser.add_argument("form", choices=FORMS)
     parser.add_argument("--model", choices=SUBJECTS, required=True)
     parser.add_argument("--layers", type=int, required=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from rich.console import Console
 from tqdm import tqdm  # type: ignore[import-untyped]
 from vit_encoder import Llama4ImageSettings, Llama4VisionConfig
 
-from experiments.common.environment import environment
+from experiments.common import cli
 from experiments.dataset.encoder import EncoderSettings
 from experiments.dataset.engines import ENGINES, Job
 from experiments.dataset.images import references
@@ -38,18 +37,16 @@ CONFIGS: dict[str, Callable[[], Llama4VisionConfig]] = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-EXAMPLES = """examples:
-  %(prog)s --images 'photographs/**/*.jpg' --out embeddings --checkpoint Llama-4-Scout-17B-16E-Instruct
+EXAMPLES = """  %(prog)s --images 'photographs/**/*.jpg' --out embeddings --checkpoint Llama-4-Scout-17B-16E-Instruct
   %(prog)s --images 'shards/*.parquet' --out embeddings --checkpoint … --engine ray --actors 8 --device cuda
   %(prog)s --images '*.png' --out /tmp/embeddings --config tiny --engine ray --compare
       also encodes them with the plain loop, and says how far the two differ and how fast each is
   %(prog)s --images '*.png' --out /tmp/embeddings --engine ray --compare --record experiments/results/local/ray.json
-
-exit status:
-  0  every image has a row, and no row has an error
-  1  some images have an error in their row; or, with --compare, embeddings differ
-  2  bad arguments
 """
+STATUSES = {
+    0: "every image has a row, and no row has an error",
+    1: "some images have an error in their row; or, with --compare, embeddings differ",
+}
 
 
 @dataclass
@@ -70,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the job and return its exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = cli.console()
     try:
         _check_installed(options.engine)
         _check_record(options)
@@ -116,12 +113,12 @@ def _job(options: argparse.Namespace) -> tuple[Job, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.dataset",
-        usage="%(prog)s --images PATTERN --out FOLDER [options]",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = cli.parser(
+        "python -m experiments.dataset",
+        __doc__,
+        arguments="--images PATTERN --out FOLDER [options]",
+        examples=EXAMPLES,
+        statuses=STATUSES,
     )
     parser.add_argument("--images", required=True, help="glob pattern of image files or parquet files, in quotes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the parquet files")
@@ -129,22 +126,18 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("--checkpoint", type=Path, help="folder with config.json and safetensors")
     weights.add_argument("--config", choices=CONFIGS, default="scout", help="sizes of random weights (default: scout)")
     parser.add_argument("--engine", choices=("plain", "ray"), default="plain", help="default: %(default)s")
-    parser.add_argument("--actors", type=_positive, default=1, help="encoders, one an accelerator (default: 1)")
-    parser.add_argument("--max-tiles", type=_positive, help="of a canvas (default: the checkpoint's, without one 16)")
-    parser.add_argument("--tile-budget", type=_positive, default=34, help="most tiles a call (default: %(default)s)")
-    parser.add_argument("--part-images", type=_positive, default=64, help="images a file (default: %(default)s)")
+    parser.add_argument("--actors", type=cli.positive, default=1, help="encoders, one an accelerator (default: 1)")
+    parser.add_argument(
+        "--max-tiles", type=cli.positive, help="of a canvas (default: the checkpoint's, without one 16)"
+    )
+    parser.add_argument("--tile-budget", type=cli.positive, default=34, help="most tiles a call (default: %(default)s)")
+    parser.add_argument("--part-images", type=cli.positive, default=64, help="images a file (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="compile the encoder as one graph")
     parser.add_argument("--compare", action="store_true", help="compare with the plain loop")
     parser.add_argument("--record", type=Path, metavar="FILE", help="of --compare, as JSON; where embeddings are equal")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive integer")
-    return int(text)
 
 
 def _settings(options: argparse.Namespace) -> EncoderSettings:
@@ -188,7 +181,7 @@ def _compared(console: Console, options: argparse.Namespace, job: Job, progress:
     console.print(f"largest relative RMS difference of an image's features: {worst:.1e} (allowed: {ALLOWED:.1e})")
     if worst <= ALLOWED and options.record is not None:
         report = _report(options, job, list(expected.values()), {options.engine: progress, "plain loop": plain})
-        options.record.write_text(json.dumps(report | {"largest_difference": worst}, indent=1) + "\n", encoding="utf-8")
+        cli.write_json(options.record, report | {"largest_difference": worst})
         console.print(f"wrote {options.record}")
     return worst <= ALLOWED
 
@@ -197,24 +190,24 @@ def _report(
     options: argparse.Namespace, job: Job, embeddings: Sequence[Embedding], runs: dict[str, Progress]
 ) -> dict[str, Any]:
     canvases = [embedding.high * embedding.wide for embedding in embeddings]
-    return {
-        "environment": environment(),
-        "load_average": [round(load, 2) for load in os.getloadavg()],
-        "images": len(embeddings),
+    return cli.result(
+        "encode_dataset",
+        load_average=[round(load, 2) for load in os.getloadavg()],
+        images=len(embeddings),
         # A canvas of more than one tile has a global one too.
-        "tiles": sum(tiles + (tiles > 1) for tiles in canvases),
-        "weights": options.checkpoint.name if options.checkpoint else f"random, {options.config}",
-        "settings": {
+        tiles=sum(tiles + (tiles > 1) for tiles in canvases),
+        weights=options.checkpoint.name if options.checkpoint else f"random, {options.config}",
+        settings={
             name: getattr(options, name)
             for name in ("actors", "tile_budget", "part_images", "device", "dtype", "compile")
         }
         | {"max_tiles": job.image_settings.max_tiles},
-        "engines": {
+        engines={
             name: {"seconds": run.seconds[-1], "images_per_second": run.rate(job.part_images), "errors": run.errors}
             for name, run in runs.items()
         },
-        "allowed_difference": ALLOWED,
-    }
+        allowed_difference=ALLOWED,
+    )
 
 
 if __name__ == "__main__":

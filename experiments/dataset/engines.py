@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from vit_encoder import Llama4ImageSettings
 
+from experiments.common import cli
 from experiments.dataset.encoder import DatasetEncoder, EncoderSettings
 from experiments.dataset.images import decode
-
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def with_ray(job: Job) -> Iterator[str]:
     """
     import ray
 
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(cli.ROOT), os.environ.get("PYTHONPATH"))))
     ray.init(runtime_env={"env_vars": {"PYTHONPATH": path}}, include_dashboard=False, log_to_driver=False)
     try:
         # The job has a bar of its own.

@@ -6,7 +6,6 @@ The main job, for Llama 4 or Qwen2.5-VL. Prints how the image is cut and a table
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -20,7 +19,6 @@ from typing import Any, get_args
 import torch
 from matplotlib.cbook import get_sample_data
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 from vit_encoder import (
@@ -36,8 +34,8 @@ from vit_encoder.compilation import GraphReport
 from vit_encoder.compilation.config import DynamicShapes
 from vit_encoder.llama4 import reference_forward
 
+from experiments.common import cli
 from experiments.common.comparison import ALLOWED_EPS, Row, compare, first_line
-from experiments.common.environment import environment
 from experiments.common.measure import MAX_ROUNDS, MIN_ROUNDS, ROUND_SECONDS, Call, peak_memory, summary
 from experiments.common.peers import transformers_vision_model
 from experiments.common.weights import SEED, checkpoint_encoder, random_encoder
@@ -47,8 +45,6 @@ from experiments.encode.llama4 import sweep_config, sweep_tile_counts
 from experiments.encode.report import print_result, print_subject
 from experiments.encode.subject import Subject
 
-# Git ignores it: the results beside it are those that the README shows.
-RESULTS = Path(__file__).parents[1] / "results" / "local"
 LLAMA4_CONFIGS: dict[str, Callable[[], Llama4VisionConfig]] = {
     "scout": Llama4VisionConfig.scout,
     "tiny": Llama4VisionConfig.tiny,
@@ -63,8 +59,7 @@ TILE_COUNTS = [1, 17, 2, 5, 33]
 # By default: a CPU takes seconds for each.
 MAX_TILES_ON_A_CPU = 1
 
-EXAMPLES = """examples:
-  %(prog)s
+EXAMPLES = """  %(prog)s
       the sample photograph as one tile through 34 layers of random weights
   %(prog)s --layers 2 --max-tiles 16
       a quick look at all tiles of the photograph
@@ -74,12 +69,11 @@ EXAMPLES = """examples:
       the photograph as patches through Qwen2.5-VL's encoder
   %(prog)s --config tiny --out /tmp/tiny
       seconds instead of minutes
-
-exit status:
-  0  every result is right and the encoder is one graph
-  1  a result is wrong (it is not timed), or the encoder is not one graph
-  2  bad arguments
 """
+STATUSES = {
+    0: "every result is right and the encoder is one graph",
+    1: "a result is wrong (it is not timed), or the encoder is not one graph",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     start, load = time.perf_counter(), os.getloadavg()[0]
     parser = _parser()
     options = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = cli.console()
     try:
         subject = _prepare(options)
     except (OSError, TypeError, ValueError) as error:
@@ -104,23 +98,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.encode",
-        usage="%(prog)s [options]",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("python -m experiments.encode", __doc__, examples=EXAMPLES, statuses=STATUSES)
     parser.add_argument("--model", choices=CONFIGS, default="llama4", help="which encoder (default: llama4)")
     parser.add_argument("--image", type=Path, help="image file (default: matplotlib's sample photograph)")
     parser.add_argument(
         "--max-tiles",
-        type=_positive,
+        type=cli.positive,
         help="most tiles of the canvas (default: on a GPU the checkpoint's, without one 16; on a CPU 1)",
     )
     parser.add_argument(
         "--max-pixels",
-        type=_positive,
+        type=cli.positive,
         help="most pixels of the resized image, for qwen2_5_vl (default: on a GPU the checkpoint's, without one 1280 "
         "features'; on a CPU 256 features')",
     )
@@ -133,27 +121,21 @@ def _parser() -> argparse.ArgumentParser:
         choices=list(dict.fromkeys(name for names in CONFIGS.values() for name in names)),
         help="sizes of random weights (default: scout, for qwen2_5_vl 7b)",
     )
-    parser.add_argument("--layers", type=_positive, help="use only the first layers (default: all)")
+    parser.add_argument("--layers", type=cli.positive, help="use only the first layers (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--backend", choices=("inductor", "aot_eager", "eager"), default="inductor")
     parser.add_argument("--dynamic-shapes", choices=get_args(DynamicShapes), default="unbacked")
     parser.add_argument(
-        "--tile-counts", type=_positive, nargs="+", metavar="N", help="for llama4 (default: 1 17 2 5 33)"
+        "--tile-counts", type=cli.positive, nargs="+", metavar="N", help="for llama4 (default: 1 17 2 5 33)"
     )
     parser.add_argument(
         "--repeats",
-        type=_positive,
+        type=cli.positive,
         help=f"timed rounds (default: {MIN_ROUNDS} to {MAX_ROUNDS}, as many as start within {ROUND_SECONDS:.0f} s)",
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and PNG (default: %(default)s)")
+    cli.add_out(parser, "JSON and PNG")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive integer")
-    return int(text)
 
 
 def _shortened(message: str) -> str:
@@ -280,9 +262,7 @@ def _measure(options: argparse.Namespace, subject: Subject) -> tuple[dict[str, A
         rows, graphs, problem = _compare(subject, compilation, expected, options.repeats, known)
     shown = next((row.features for row in rows if row.problem is None), None)
     swept, sizes = subject.swept
-    result = {
-        "experiment": "compile_encoder",
-        "environment": environment(),
+    content = {
         **subject.description,
         "compilation": {"backend": options.backend, "dynamic_shapes": options.dynamic_shapes},
         "allowed_eps": ALLOWED_EPS,
@@ -291,7 +271,7 @@ def _measure(options: argparse.Namespace, subject: Subject) -> tuple[dict[str, A
         swept: {swept: sizes} | asdict(sweep),
         "right": not any([problem, sweep.problem, *(row.problem for row in rows)]),
     }
-    return result, shown
+    return cli.result("compile_encoder", **content), shown
 
 
 def _compare(
@@ -352,7 +332,7 @@ def _write(folder: Path, result: dict[str, Any], subject: Subject, features: Ten
     encoder = result["encoder"]
     stem = f"compile_encoder-{encoder['config']}-{encoder['num_hidden_layers']}-{subject.device.type}-{result['dtype']}"
     data, figure = folder / f"{stem}.json", folder / f"{stem}.png"
-    data.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    cli.write_json(data, result)
     draw(result, subject.inputs[0], features, figure)
     return [data, figure]
 

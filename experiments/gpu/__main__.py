@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import json
 import os
 import re
 import signal
@@ -21,30 +20,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from experiments.common import cli
 from experiments.common.environment import environment
 from experiments.gpu.summary import Outcome, summary_text
 
-ROOT = Path(__file__).resolve().parents[2]
-# Git ignores it.
-RESULTS = Path(__file__).parents[1] / "results" / "local"
 GRACE_SECONDS = 10.0
 """What a stage has for its last words (pytest-benchmark writes its results then) before it is killed."""
 
 TUNING_TAIL_SECONDS = 30.0
 """Before the stage's end, no further case of the tuning is begun."""
 
-EXAMPLES = """examples:
-  ./scripts/gpu_report.sh
+EXAMPLES = """  ./scripts/gpu_report.sh
   ./scripts/gpu_report.sh --out /tmp/report
 
 The folder holds summary.md, environment.json, each stage's log, tuned/NAME.json, microbenchmarks.json, and the main
 job's JSON and figure. To launch the kernels as tuned here: export VIT_KERNELS_TUNED=FOLDER/tuned
-
-exit status:
-  0  every stage that this machine can run succeeded
-  1  a stage failed or ran out of time; the summary says which
-  2  bad arguments, or the folder cannot be written
 """
+STATUSES = {
+    0: "every stage that this machine can run succeeded",
+    1: "a stage failed or ran out of time; the summary says which",
+    2: "bad arguments, or the folder cannot be written",
+}
 
 
 @dataclass(frozen=True)
@@ -69,12 +65,12 @@ def main(arguments: list[str] | None = None) -> int:
     load, around = os.getloadavg()[0], environment()
     on_gpu = bool(around["devices"])
     device = around["devices"][0]["name"] if on_gpu else around["cpu"]["model"]
-    folder = (options.out or RESULTS / _folder_name(device, around["date"])).resolve()
+    folder = (options.out or cli.LOCAL / _folder_name(device, around["date"])).resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise FileExistsError(f"--out: got {folder}, which has files in it, expected a new or an empty folder")
-        (folder / "environment.json").write_text(json.dumps(around, indent=2) + "\n", encoding="utf-8")
+        cli.write_json(folder / "environment.json", around)
     except OSError as error:
         parser.error(str(error))
     # A shell that starts this in the background has interrupts ignored, which its stages would inherit.
@@ -145,7 +141,7 @@ def run_stage(stage: Stage, seconds: float, log: Path) -> Outcome:
     # A session of its own, so that what the stage starts ends with it.
     with subprocess.Popen(
         command,
-        cwd=ROOT,
+        cwd=cli.ROOT,
         env=variables,
         stdout=pipe,
         stderr=subprocess.STDOUT,
@@ -213,13 +209,7 @@ def _say(text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="./scripts/gpu_report.sh",
-        usage="%(prog)s [options]",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("./scripts/gpu_report.sh", __doc__, examples=EXAMPLES, statuses=STATUSES)
     default = "experiments/results/local/DEVICE-TIME of the project"
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"a new or an empty folder (default: {default})")
     return parser

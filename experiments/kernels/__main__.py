@@ -18,34 +18,30 @@ from typing import Any
 from rich.console import Console
 from vit_kernels.inspection.targets import TARGETS
 
-from experiments.common import roofline
-from experiments.common.environment import environment
+from experiments.common import cli, roofline
 from experiments.kernels.check import Row, read_report, regressions, triton_version
 from experiments.kernels.compile import KERNELS, Case, Figures, cases_of, compile_case, interpret_case, run_all
 from experiments.kernels.figure import draw
 from experiments.kernels.registry import DTYPES, HEAD_DIMS, OURS, Kernel, Problem, installed_peers, version_of
 from experiments.kernels.text import print_report
 
-COMMITTED = Path(__file__).parents[1] / "results" / "kernel_report.json"
-# Git ignores it.
-RESULTS = COMMITTED.parent / "local"
+COMMITTED = cli.COMMITTED / "kernel_report.json"
 
-EXAMPLES = """examples:
-  %(prog)s --defaults-only --dtype bfloat16 --head-dim 88
+EXAMPLES = """  %(prog)s --defaults-only --dtype bfloat16 --head-dim 88
       a quick look (a minute)
   %(prog)s --kernel varlen_attention --target sm_90 --head-dim 88 --head-dim 80
   %(prog)s --out experiments/results
-      everything, over the committed report: {minutes}
+      everything, over the committed report: about 20 minutes on 2 cores, half that when Triton's cache has the kernels
   %(prog)s --kernel rotary_2d --out experiments/results
       makes the rows of one kernel anew; the others stay
   %(prog)s --check --defaults-only
       compares with the committed report, writes nothing
-
-exit status:
-  0  every kernel compiles, and with --check no figure is worse than in the committed report
-  1  a kernel does not compile, or a figure got worse
-  2  bad arguments, or --check with another version of Triton than the committed report's
-""".replace("{minutes}", "about 20 minutes on 2 cores, half that when Triton's cache has the kernels")
+"""
+STATUSES = {
+    0: "every kernel compiles, and with --check no figure is worse than in the committed report",
+    1: "a kernel does not compile, or a figure got worse",
+    2: "bad arguments, or --check with another version of Triton than the committed report's",
+}
 
 NOTES = (
     "flash-attn's attention is compiled ahead of time, for NVIDIA only: no compiler here can make it again for these "
@@ -62,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
     parser = _parser()
     options = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console = cli.console(200)
     try:
         committed = _comparable_report() if options.check else None
         earlier = None if options.check else _earlier_report(options)
@@ -82,13 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.kernels",
-        usage="%(prog)s [options]",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("python -m experiments.kernels", __doc__, examples=EXAMPLES, statuses=STATUSES)
     names = [kernel.name for kernel in (*OURS, *installed_peers())]
     parser.add_argument("--kernel", choices=names, action="append", metavar="NAME", help=_choices(names))
     parser.add_argument("--dtype", choices=DTYPES, action="append", metavar="NAME", help=_choices(DTYPES))
@@ -99,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--defaults-only", action="store_true", help="only what is launched where nothing is tuned")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="compare with the committed report instead of writing one")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and PNG (default: %(default)s)")
+    cli.add_out(parser, "JSON and PNG")
     return parser
 
 
@@ -221,15 +211,14 @@ def _group(row: Row) -> tuple[Any, ...]:
 
 def _report(rows: list[Row], kept: list[Row], seconds: float) -> dict[str, Any]:
     order = list(KERNELS)
-    return {
-        "experiment": "kernel_report",
-        "environment": environment(),
-        "seconds": round(seconds),
-        "workload": "16 tiles of 577 tokens, 16 heads",
-        "notes": [roofline.ASSUMPTIONS, *NOTES],
-        "gpus": {name: vars(gpu) for name, gpu in roofline.GPUS.items()},
-        "rows": sorted([*rows, *kept], key=lambda row: (order.index(row["kernel"]), row["dtype"], row["head_dim"])),
-    }
+    return cli.result(
+        "kernel_report",
+        seconds=round(seconds),
+        workload="16 tiles of 577 tokens, 16 heads",
+        notes=[roofline.ASSUMPTIONS, *NOTES],
+        gpus=roofline.GPUS,
+        rows=sorted([*rows, *kept], key=lambda row: (order.index(row["kernel"]), row["dtype"], row["head_dim"])),
+    )
 
 
 def _print_check(console: Console, committed: list[Row], rows: list[Row]) -> int:
@@ -245,7 +234,8 @@ def _write(folder: Path, report: dict[str, Any]) -> list[Path]:
     data, figure = folder / COMMITTED.name, folder / COMMITTED.with_suffix(".png").name
     # One row a line, so that a difference shows the rows that changed.
     rows = ",\n".join(json.dumps(row, allow_nan=False) for row in report["rows"])
-    head = json.dumps({name: value for name, value in report.items() if name != "rows"}, indent=2, allow_nan=False)
+    around = cli.plain({name: value for name, value in report.items() if name != "rows"})
+    head = json.dumps(around, indent=2, allow_nan=False)
     data.write_text(f'{head[:-2]},\n  "rows": [\n{rows}\n]\n}}\n', encoding="utf-8")
     draw(report["rows"], figure)
     return [data, figure]

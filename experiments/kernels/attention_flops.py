@@ -6,15 +6,12 @@ on a GPU, is a model of its tiles. Nothing is run on a GPU or timed. Peers are i
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +20,7 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from experiments.common import roofline
-from experiments.common.environment import environment
+from experiments.common import cli, roofline
 from experiments.kernels.registry import POSITIONS, version_of
 
 if TYPE_CHECKING:
@@ -32,7 +28,6 @@ if TYPE_CHECKING:
 
 HEADS = 16
 """Of both encoders; FLOPs and bytes are those of one."""
-RESULTS = Path(__file__).parents[1] / "results"
 PREFILL = "vllm.v1.attention.ops.triton_prefill_attention"
 NOTES = (
     "bfloat16. Useful: 4 * length^2 * head_dim a sequence. Requested bytes, of "
@@ -211,22 +206,16 @@ def _microseconds(gpu: roofline.Gpu, workload: Workload, counts: list[OperationC
 
 def main(arguments: list[str] | None = None) -> int:
     """Count, print the table, write the file and return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.kernels.attention_flops",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: %(default)s)")
+    parser = cli.parser("python -m experiments.kernels.attention_flops", __doc__)
+    cli.add_out(parser)
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
     cases = [(workload, attention) for workload in workloads() for attention in installed()]
     rows = [row(*case) for case in tqdm(cases, desc="counting", unit="row", disable=None)]
-    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    console = cli.console()
     print_table(console, rows)
-    result = {"experiment": "attention_work", "environment": environment(), "notes": NOTES, "rows": rows}
     path = options.out / "attention_work.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    console.print(f"written to {path}")
+    cli.write_json(path, cli.result("attention_work", notes=NOTES, rows=rows))
+    console.print(f"wrote {path}")
     return 0
 
 

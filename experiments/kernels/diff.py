@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from experiments.common import cli
 from experiments.kernels.check import FEWER_IS_BETTER, MORE_IS_BETTER, Row, key_of, read_report, triton_version
 
 FIGURES = FEWER_IS_BETTER | MORE_IS_BETTER
@@ -37,7 +36,7 @@ def differences(before: Sequence[Row], after: Sequence[Row]) -> list[tuple[str, 
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the differences."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.kernels.diff", description=__doc__)
+    parser = cli.parser("python -m experiments.kernels.diff", __doc__, arguments="before after")
     parser.add_argument("before", type=Path, help="a report of experiments.kernels")
     parser.add_argument("after", type=Path, help="another one; only rows in both are compared")
     options = parser.parse_args(arguments)
@@ -49,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     table = Table("row", f"triton {triton_version(before)} -> {triton_version(after)}")
     for cells in changed:
         table.add_row(*cells)
-    console = Console(width=160, highlight=False)
+    console = cli.console()
     console.print(table)
     known = {key_of(row) for row in before["rows"]}
     both = [row for row in after["rows"] if key_of(row) in known]

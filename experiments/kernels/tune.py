@@ -28,6 +28,7 @@ from vit_kernels import force_impl, varlen_attention
 from vit_kernels.reference import varlen_attention_reference
 from vit_kernels.testing import assert_close_to_reference, seeded_tensor
 
+from experiments.common import cli
 from experiments.common.environment import environment
 from experiments.kernels.microbenchmarks.timing import Timer, interleaved_seconds, timer_for
 
@@ -39,20 +40,19 @@ ROUNDS = 5
 CHOSEN = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 """What tells the kept configurations of a kernel apart, and is stored; the rest follows from head_dim and dtype."""
 
-EXAMPLES = """examples:
-  %(prog)s
+EXAMPLES = """  %(prog)s
       everything, stored beside the kernels (or in the folder that VIT_KERNELS_TUNED names)
   %(prog)s --head-dim 88 --dtype bfloat16
       other entries of the file stay
   %(prog)s --dry-run
       what would be timed; needs no GPU
-
-exit status:
-  0  what was timed is stored (with --seconds perhaps not everything, which is said)
-  1  a configuration gave a wrong result or failed; what is right was stored
-  2  bad arguments, or the file cannot be read or written
-  3  there is no GPU
 """
+STATUSES = {
+    0: "what was timed is stored (with --seconds perhaps not everything, which is said)",
+    1: "a configuration gave a wrong result or failed; what is right was stored",
+    2: "bad arguments, or the file cannot be read or written",
+    3: "there is no GPU",
+}
 
 Configuration = dict[str, Any]
 
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Tune, and return the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = cli.console()
     wanted = cases(options.kernel or KERNELS, options.head_dim or HEAD_DIMS, options.dtype or DTYPES)
     if options.dry_run:
         print_plan(console, wanted, current_target() if torch.cuda.is_available() else None)
@@ -333,7 +333,7 @@ def _described(attempts: Iterable[Attempt]) -> Iterator[dict[str, Any]]:
 def write(path: Path, content: dict[str, Any]) -> None:
     """Replace the file in one step: a process that launches kernels meanwhile reads the old one or the new one."""
     new = path.with_suffix(f".{os.getpid()}.new")
-    new.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    cli.write_json(new, content)
     new.replace(path)
 
 
@@ -375,13 +375,7 @@ def _microseconds(attempt: Attempt) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.kernels.tune",
-        usage="%(prog)s [options]",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("python -m experiments.kernels.tune", __doc__, examples=EXAMPLES, statuses=STATUSES)
     parser.add_argument("--kernel", action="append", choices=KERNELS, help="only this kernel; may be repeated")
     parser.add_argument("--head-dim", action="append", type=int, choices=HEAD_DIMS, help="only this; may be repeated")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this one; may be repeated")

@@ -7,12 +7,10 @@ transformers' with a flash attention call. The code is read, not run: every time
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,14 +19,13 @@ from rich.table import Table
 from tqdm import tqdm  # type: ignore[import-untyped]
 from vit_encoder.compilation.fake_cuda import fake_cuda
 
-from experiments.common.environment import environment
+from experiments.common import cli
 from experiments.common.roofline import ASSUMPTIONS, GPUS, interval
 from experiments.launches.figure import draw
 from experiments.launches.inductor import Generated, generate_cuda_code
 from experiments.launches.launch import Launch
 from experiments.launches.models import ENCODERS
 
-RESULTS = Path(__file__).parents[1] / "results" / "local"
 SHAPES = ("static", "dynamic")
 PREDICTED = ("H100", "H200", "B200", "MI300X")
 LAYERS = (2, 4)
@@ -50,28 +47,23 @@ NOTES = (
 def main(arguments: list[str] | None = None) -> int:
     """Generate the code, print the tables, write the files and return the exit status."""
     options = _parser().parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
     cases = [(name, shapes, tiles) for name in options.encoders for shapes in options.shapes for tiles in options.tiles]
     rows = [_row(*case) for case in tqdm(cases, desc="generating", unit="graph", disable=None)]
-    result = {"experiment": "graph_ledger", "environment": environment(), "notes": NOTES, "rows": rows}
-    console = Console(width=150)
+    console = cli.console()
     print_tables(console, rows, NOTES)
-    (options.out / "graph_ledger.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    draw(rows, options.out / "graph_ledger.png")
-    console.print(f"written to {options.out}/graph_ledger.json and .png")
+    path = options.out / "graph_ledger.json"
+    cli.write_json(path, cli.result("graph_ledger", notes=NOTES, rows=rows))
+    draw(rows, path.with_suffix(".png"))
+    console.print(f"wrote {path} and {path.with_suffix('.png').name}")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.launches",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("python -m experiments.launches", __doc__)
     parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=list(ENCODERS), help="default: all")
     parser.add_argument("--tiles", nargs="+", type=int, default=[1, 4, 16], metavar="N", help="default: 1 4 16")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: both")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and PNG (default: %(default)s)")
+    cli.add_out(parser, "JSON and PNG")
     return parser
 
 

@@ -6,12 +6,9 @@ the code that Inductor generates for an H100. Nothing is run: times are a roofli
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,9 +28,8 @@ from vit_kernels import (
     varlen_attention,
 )
 
-from experiments.common.environment import environment
+from experiments.common import cli
 from experiments.common.roofline import ASSUMPTIONS, GPUS, interval
-from experiments.launches.__main__ import RESULTS
 from experiments.launches.eager import eager_launches
 from experiments.launches.inductor import generate_cuda_code
 from experiments.launches.launch import Launch
@@ -68,29 +64,23 @@ class Op:
 
 def main(arguments: list[str] | None = None) -> int:
     """Generate the code, print the table, write the file and return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.launches.ablation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("python -m experiments.launches.ablation", __doc__)
     parser.add_argument("--tiles", type=int, default=TILES, metavar="N", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: %(default)s)")
+    cli.add_out(parser)
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
     rows = [_row(op, options.tiles) for op in tqdm(OPS, desc="ops", disable=None)]
     notes = [
         "An operator that PyTorch or Inductor calls is taken to be one kernel, which moves each element once. A matrix "
         "product's or attention's other costs (padding, occupancy) do not show here: see the kernel report.",
         ASSUMPTIONS,
     ]
-    result = {"experiment": "ablation_ledger", "environment": environment(), "notes": notes, "rows": rows}
-    console = Console(width=150)
+    console = cli.console()
     _print(console, rows, options.tiles)
     for note in notes:
         console.print(note)
     path = options.out / "ablation_ledger.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    console.print(f"written to {path}")
+    cli.write_json(path, cli.result("ablation_ledger", notes=notes, rows=rows))
+    console.print(f"wrote {path}")
     return 0
 
 

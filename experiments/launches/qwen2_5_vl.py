@@ -6,19 +6,15 @@ image of 72 x 56 patches, which is 63 whole windows.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from vit_encoder import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel, attention
@@ -26,10 +22,10 @@ from vit_encoder.compilation.fake_cuda import fake_cuda
 from vit_encoder.qwen2_5_vl import VisionMetadata
 from vit_kernels import force_impl, varlen_attention
 
-from experiments.common.environment import environment
+from experiments.common import cli
 from experiments.common.peers import transformers_qwen2_5_vl
 from experiments.common.roofline import ASSUMPTIONS
-from experiments.launches.__main__ import RESULTS, SHAPES, layer_and_rest, print_tables
+from experiments.launches.__main__ import SHAPES, layer_and_rest, print_tables
 from experiments.launches.inductor import Generated, generate_cuda_code
 from experiments.launches.models import rotated_on_pytorch
 
@@ -48,28 +44,22 @@ Forward = Callable[..., Any]
 
 def main(arguments: list[str] | None = None) -> int:
     """Generate the code, print the tables, write the file and return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.launches.qwen2_5_vl",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("python -m experiments.launches.qwen2_5_vl", __doc__)
     parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=list(ENCODERS), help="default: all")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["static"], help="default: static")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: %(default)s)")
+    cli.add_out(parser)
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
     cases = [(name, kind, shapes) for name in options.encoders for kind in KINDS for shapes in options.shapes]
     rows = [
         {"encoder": f"{name}, {kind}", "shapes": shapes, "patches": 4 * UNITS}
         | layer_and_rest(partial(_generate, ENCODERS[name], kind, shapes))
         for name, kind, shapes in tqdm(cases, desc="generating", unit="graph", disable=None)
     ]
-    result = {"experiment": "graph_ledger_qwen2_5_vl", "environment": environment(), "notes": NOTES, "rows": rows}
-    console = Console(width=150)
+    console = cli.console()
     print_tables(console, rows, NOTES, "patches")
     path = options.out / "graph_ledger_qwen2_5_vl.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    console.print(f"written to {path}")
+    cli.write_json(path, cli.result("graph_ledger_qwen2_5_vl", notes=NOTES, rows=rows))
+    console.print(f"wrote {path}")
     return 0
 
 

@@ -22,10 +22,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from experiments.common.environment import environment as machine
+from experiments.common import cli
 from experiments.vllm import offline
 from experiments.vllm.load import Load, drive, image_files
 from experiments.vllm.report import ENOUGH_ROUNDS, differences, draw, table
@@ -33,8 +32,6 @@ from experiments.vllm.server import ServerError, check_port, end_of, free_port, 
 from experiments.vllm.tiny_llama4 import make_tiny_llama4
 from experiments.vllm.variants import VARIANTS, Variant, environment
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "experiments/results/local"
 # A tiny checkpoint's sizes; a real one's come from its own configuration.
 TINY_ARGUMENTS = ("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "4")
 # Of what vLLM's benchmark writes; the rest is about single requests, or names files of this machine.
@@ -44,17 +41,15 @@ KEPT = (
     "median_itl_ms", "encoder_seconds",
 )  # fmt: skip
 
-EXAMPLES = """examples:
-  %(prog)s
+EXAMPLES = """  %(prog)s
       a tiny random Llama 4 that it makes itself, every variant, 4 rounds
   %(prog)s --model Llama-4-Scout-17B-16E-Instruct --prompts 1000 --serve="--tensor-parallel-size 8"
   %(prog)s --images photographs --variants off-compiled kernels-compiled encoder-compiled
-
-exit status:
-  0  every variant answered every request
-  1  a server did not start, or a request failed: the table says which
-  2  bad arguments
 """
+STATUSES = {
+    0: "every variant answered every request",
+    1: "a server did not start, or a request failed: the table says which",
+}
 
 
 @dataclass
@@ -73,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         return offline.main([argument for argument in arguments if argument != "--offline"])
     parser = _parser()
     options = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = cli.console()
     try:
         load = _prepare(options)
     except OSError as error:
@@ -86,32 +81,24 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with _model(options.model) as model:
         results = _rounds(options, model, load)
-    options.out.mkdir(parents=True, exist_ok=True)
-    report = {
-        "model": model.name,
-        "load": asdict(load) | {"images": load.images and load.images.name},
-        "variants": [asdict(result) for result in results],
-        "environment": machine(),
-    }
+    report = cli.result(
+        "serve_vllm",
+        model=model.name,
+        load=asdict(load) | {"images": load.images and load.images.name},
+        variants=[asdict(result) for result in results],
+    )
     console.print(table(report))
     for line in differences(report):
         console.print(line)
     path = options.out / f"serve_vllm-{model.name}.json"
-    path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    cli.write_json(path, report)
     draw(report, path.with_suffix(".png"))
     console.print(f"wrote {path} and {path.with_suffix('.png').name}")
     return 1 if any(result.problems for result in results) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.vllm",
-        usage="%(prog)s [options]",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.parser("python -m experiments.vllm", __doc__, examples=EXAMPLES, statuses=STATUSES)
     parser.add_argument(
         "--offline", action="store_true", help="compare the text about images instead; --offline --help says more"
     )
@@ -119,22 +106,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, help="folder of a Llama 4 checkpoint (default: a tiny random one)")
     parser.add_argument("--images", type=Path, help="folder of images for the prompts (default: random images)")
     parser.add_argument("--variants", nargs="+", choices=keys, default=keys, metavar="VARIANT", help=" ".join(keys))
-    parser.add_argument("--rounds", type=_positive, default=ENOUGH_ROUNDS, help="default: %(default)s")
-    parser.add_argument("--prompts", type=_positive, default=128, help="requests a round (default: %(default)s)")
-    parser.add_argument("--concurrency", type=_positive, help="most requests at a time (default: all)")
-    parser.add_argument("--input-tokens", type=_positive, default=32, help="of a random prompt (default: %(default)s)")
-    parser.add_argument("--output-tokens", type=_positive, default=16, help="default: %(default)s")
+    parser.add_argument("--rounds", type=cli.positive, default=ENOUGH_ROUNDS, help="default: %(default)s")
+    parser.add_argument("--prompts", type=cli.positive, default=128, help="requests a round (default: %(default)s)")
+    parser.add_argument("--concurrency", type=cli.positive, help="most requests at a time (default: all)")
+    parser.add_argument(
+        "--input-tokens", type=cli.positive, default=32, help="of a random prompt (default: %(default)s)"
+    )
+    parser.add_argument("--output-tokens", type=cli.positive, default=16, help="default: %(default)s")
     parser.add_argument("--serve", default="", metavar="ARGUMENTS", help="further arguments of vllm serve, in one word")
-    parser.add_argument("--port", type=_positive, help="default: one that is free")
-    parser.add_argument("--ready-seconds", type=_positive, default=1800, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default: %(default)s)")
+    parser.add_argument("--port", type=cli.positive, help="default: one that is free")
+    parser.add_argument("--ready-seconds", type=cli.positive, default=1800, help="default: %(default)s")
+    cli.add_out(parser, "results")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive integer")
-    return int(text)
 
 
 def _prepare(options: argparse.Namespace) -> Load:
@@ -187,7 +170,7 @@ def _measure(
     """One server and two benchmarks on it, of which the second one counts."""
     name = f"{variant.key}-{number}"
     # The encoder's seconds come through an endpoint for developers, and from a module of this project.
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(cli.ROOT), os.environ.get("PYTHONPATH"))))
     variables = environment(variant, folder / "cache") | {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": path}
     port = options.port or free_port()
     command = _serve_command(options, variant, model)

@@ -19,26 +19,23 @@ from typing import Any
 
 from matplotlib.cbook import get_sample_data
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from experiments.common import cli
 from experiments.vllm.tiny_llama4 import make_tiny_llama4
 from experiments.vllm.variants import VARIANTS, Variant, environment
 
-ROOT = Path(__file__).parents[2]
 TINY_ENGINE = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 4}
 
-EXAMPLES = """examples:
-  %(prog)s
+EXAMPLES = """  %(prog)s
       the sample photograph and a tiny random Llama 4 that it makes itself: its text means nothing
   %(prog)s --image tower.jpg --model Llama-4-Scout-17B-16E-Instruct --engine '{"tensor_parallel_size": 8}'
-
-exit status:
-  0  every variant wrote the same
-  1  the texts differ, or a variant failed
-  2  bad arguments
 """
+STATUSES = {
+    0: "every variant wrote the same",
+    1: "the texts differ, or a variant failed",
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run every variant and return the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = cli.console()
     try:
         _check(options)
     except (OSError, ValueError) as error:
@@ -74,19 +71,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.vllm --offline",
-        usage="%(prog)s [options]",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("python -m experiments.vllm --offline", __doc__, examples=EXAMPLES, statuses=STATUSES)
     keys = [variant.key for variant in VARIANTS]
     sample = Path(get_sample_data("grace_hopper.jpg", asfileobj=False))
     parser.add_argument("--image", type=Path, nargs="+", default=[sample], help="default: matplotlib's photograph")
     parser.add_argument("--model", type=Path, help="folder of a Llama 4 checkpoint (default: a tiny random one)")
     parser.add_argument("--prompt", default="What is in this image?", help="default: %(default)s")
-    parser.add_argument("--max-tokens", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--max-tokens", type=cli.positive, default=64, help="default: %(default)s")
     parser.add_argument("--variants", nargs="+", choices=keys, default=keys, metavar="VARIANT", help=" ".join(keys))
     parser.add_argument("--engine", type=json.loads, default={}, help="further arguments of vllm.LLM, a JSON object")
     return parser
@@ -100,8 +91,6 @@ def _check(options: argparse.Namespace) -> None:
             Image.open(path).close()
         except OSError as error:
             raise OSError(f"--image: got {str(path)!r}, expected an image: {error}") from error
-    if options.max_tokens < 1:
-        raise ValueError(f"--max-tokens: got {options.max_tokens}, expected a positive integer")
     if not isinstance(options.engine, dict):
         raise ValueError(f"--engine: got {options.engine!r}, expected a JSON object")
     if importlib.util.find_spec("vllm") is None:
@@ -118,7 +107,7 @@ def _generate(variant: Variant, options: argparse.Namespace, model: Path, folder
         sys.executable, "-P", "-m", "experiments.vllm.generate", str(model), str(out), "--prompt", options.prompt,
         "--max-tokens", str(options.max_tokens), "--engine", json.dumps(engine), "--image", *map(str, options.image),
     ]  # fmt: skip
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(cli.ROOT), os.environ.get("PYTHONPATH"))))
     variables = environment(variant, folder / "cache") | {"PYTHONPATH": path}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, errors="replace")
     if done.returncode != 0 or not out.exists():
