@@ -21,6 +21,7 @@ from vit_kernels import force_impl
 from vit_kernels.reference import rotary_2d_reference, varlen_attention_reference
 from vit_kernels.testing import corrected_interpreter
 
+from experiments.common import problem
 from experiments.kernels.microbenchmarks import cases, comparison, test_ops
 from experiments.kernels.microbenchmarks.cases import OURS, PEERS, Case, Setting, case_builders, contenders
 from experiments.kernels.microbenchmarks.comparison import Ceilings, Outcome, absence, compare, judge
@@ -34,8 +35,9 @@ SMALL = {"HEADS": 2, "WIDTH": 24, "GRID": 2, "POSITIONS": 5, "WINDOW": 6}
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiny cases, and no compilation."""
-    for name, value in SMALL.items():
-        monkeypatch.setattr(cases, name, value)
+    for module in (cases, problem):
+        for name in vars(module).keys() & SMALL.keys():
+            monkeypatch.setattr(module, name, SMALL[name])
     monkeypatch.setattr(cases, "_compiled", lambda call: call)
     with torch.no_grad():
         yield
@@ -264,10 +266,12 @@ def test_an_absent_contender_is_skipped_with_the_reason(monkeypatch: pytest.Monk
 RUN_SMALL = f"""
 import sys
 import pytest
+from experiments.common import problem
 from experiments.kernels.microbenchmarks import cases, comparison
 
-for name, value in {SMALL}.items():
-    setattr(cases, name, value)
+small = {SMALL}
+for module in (cases, problem):
+    vars(module).update({{name: small[name] for name in vars(module).keys() & small.keys()}})
 cases._compiled = lambda call: call
 comparison._ceilings = lambda setting: (1, 1, {{"copy": lambda: None, "matmul": lambda: None}})
 sys.exit(pytest.main(sys.argv[1:]))

@@ -7,19 +7,25 @@ import mmap
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 Call = Callable[[], Tensor]
+Run = Callable[[], object]
+Timer = Callable[[Run], float]
+Contender = TypeVar("Contender")
 
 MIN_ROUNDS, MAX_ROUNDS, ROUND_SECONDS = 2, 20, 45.0
 """Without a number of rounds, another one starts while they took less than ROUND_SECONDS together."""
 
+_CPU_CALLS = 3
+_CUDA_WARM_UP_MS, _CUDA_MS = 3, 15
 _SAMPLING_SECONDS = 0.02
 _STATM = Path("/proc/self/statm")
 
@@ -53,29 +59,66 @@ def timed(call: Call, device: torch.device) -> tuple[Tensor, float]:
     return result, time.perf_counter() - start
 
 
-def interleaved(calls: Mapping[str, Call], device: torch.device, *, rounds: int | None) -> dict[str, Measurement]:
-    """Time the calls in turn, round after round, so that a machine that slows down slows all of them down.
+def in_turn(contenders: Sequence[Contender], rounds: int | None) -> Iterator[tuple[int, Contender]]:
+    """Round after round, from 0, every contender, each round beginning with another one.
 
-    Each round starts with another call. With `rounds` None there are MIN_ROUNDS to MAX_ROUNDS of them, as many as
-    fit in about ROUND_SECONDS.
+    A machine that slows down, by heat or by other work, then slows all of them down. With `rounds` None there are
+    MIN_ROUNDS to MAX_ROUNDS of them, as many as fit in about ROUND_SECONDS.
     """
-    measurements = {name: Measurement() for name in calls}
-    names = list(calls)
-    if not names:
-        return measurements
     start = time.perf_counter()
-    with tqdm(total=rounds and rounds * len(names), desc="timing", unit="call", mininterval=1) as progress:
-        for done in range(rounds or MAX_ROUNDS):
-            if rounds is None and done >= MIN_ROUNDS and time.perf_counter() - start > ROUND_SECONDS:
-                break
-            for name in names[done % len(names) :] + names[: done % len(names)]:
-                progress.set_postfix_str(f"round {done + 1}, {name}")
-                with peak_memory(device) as peak:
-                    _, seconds = timed(calls[name], device)
-                measurements[name].seconds.append(seconds)
-                measurements[name].peak.include(peak.nbytes)
-                progress.update()
+    for done in range(rounds or MAX_ROUNDS):
+        if rounds is None and done >= MIN_ROUNDS and time.perf_counter() - start > ROUND_SECONDS:
+            return
+        first = done % max(1, len(contenders))
+        for contender in (*contenders[first:], *contenders[:first]):
+            yield done, contender
+
+
+def interleaved(calls: Mapping[str, Call], device: torch.device, *, rounds: int | None) -> dict[str, Measurement]:
+    """Time and memory of single calls `in_turn`: of a whole encoder."""
+    measurements = {name: Measurement() for name in calls}
+    with tqdm(total=rounds and rounds * len(calls), desc="timing", unit="call", mininterval=1) as progress:
+        for done, name in in_turn(list(calls), rounds):
+            progress.set_postfix_str(f"round {done + 1}, {name}")
+            with peak_memory(device) as peak:
+                _, seconds = timed(calls[name], device)
+            measurements[name].seconds.append(seconds)
+            measurements[name].peak.include(peak.nbytes)
+            progress.update()
     return measurements
+
+
+def interleaved_seconds(runs: Mapping[str, Run], timer: Timer, *, rounds: int) -> dict[str, list[float]]:
+    """Seconds of short runs `in_turn`, each what `timer` gives: of a kernel."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _, name in in_turn(list(runs), rounds):
+        seconds[name].append(timer(runs[name]))
+    return seconds
+
+
+def timer_for(device: torch.device) -> Timer:
+    """Return what gives the seconds of one run, as a median of several.
+
+    On a GPU: Triton's do_bench, between events on the stream, with the L2 cache overwritten before each run, so that
+    every run reads from HBM. On a CPU: the clock around the call; nothing is flushed.
+    """
+    return _cuda_seconds if device.type == "cuda" else _cpu_seconds
+
+
+def _cuda_seconds(run: Run) -> float:
+    from triton.testing import do_bench
+
+    milliseconds: float = do_bench(run, warmup=_CUDA_WARM_UP_MS, rep=_CUDA_MS, return_mode="median")
+    return milliseconds / 1e3
+
+
+def _cpu_seconds(run: Run) -> float:
+    samples = []
+    for _ in range(_CPU_CALLS):
+        start = time.perf_counter()
+        run()
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples)
 
 
 def summary(samples: list[float]) -> dict[str, float | list[float]]:

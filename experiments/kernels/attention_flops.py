@@ -21,13 +21,12 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from experiments.common import cli, roofline
-from experiments.kernels.registry import POSITIONS, version_of
+from experiments.common.problem import HEAD_DIM, HEADS, POSITIONS
+from experiments.kernels.registry import version_of
 
 if TYPE_CHECKING:
     from vit_kernels.testing.counts import OperationCounts
 
-HEADS = 16
-"""Of both encoders; FLOPs and bytes are those of one."""
 PREFILL = "vllm.v1.attention.ops.triton_prefill_attention"
 NOTES = (
     "bfloat16. Useful: 4 * length^2 * head_dim a sequence. Requested bytes, of "
@@ -96,7 +95,7 @@ def workloads() -> tuple[Workload, ...]:
     full = len(config.fullatt_block_indexes)
     width = config.head_dim
     return (
-        Workload("Llama 4, a tile of 577 tokens", 88, ((1, (POSITIONS,)),)),
+        Workload("Llama 4, a tile of 577 tokens", HEAD_DIM, ((1, (POSITIONS,)),)),
         Workload("Qwen2.5-VL, windows of 64 patches", width, ((1, (64,) * 4),)),
         Workload("Qwen2.5-VL, 74 x 54 patches in windows", width, ((1, windows),)),
         Workload("Qwen2.5-VL, 74 x 54 patches whole", width, ((1, whole),)),

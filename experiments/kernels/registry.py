@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.common.problem import GRID, HEADS, POSITIONS, TILES
+
 HEAD_DIMS = (64, 72, 80, 88, 96, 128)
 DTYPES = ("bfloat16", "float16", "float32")
-POSITIONS, GRID = 577, 24
-"""Tokens of a Llama 4 tile, the class token included, and the patches along its side."""
-
 
 Configuration = dict[str, Any]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -29,8 +28,8 @@ class Problem:
 
     head_dim: int
     dtype: str
-    tiles: int = 16
-    heads: int = 16
+    tiles: int = TILES
+    heads: int = HEADS
     positions: int = POSITIONS
     device: str = "meta"
 
@@ -104,7 +103,7 @@ class Kernel:
     configurations: Callable[[int, str, str], list[Configuration]] | None = None
     silenced: tuple[str, ...] = ()
     rows: str | None = None
-    heads: int = 16
+    heads: int = HEADS
     positions: int = POSITIONS
     package: str = "vit-kernels"
     prepare: Callable[[], None] = lambda: None

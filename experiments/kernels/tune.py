@@ -30,7 +30,8 @@ from vit_kernels.testing import assert_close_to_reference, seeded_tensor
 
 from experiments.common import cli
 from experiments.common.environment import environment
-from experiments.kernels.microbenchmarks.timing import Timer, interleaved_seconds, timer_for
+from experiments.common.measure import Timer, interleaved_seconds, timer_for
+from experiments.common.problem import HEADS, sequences
 
 KERNELS = ("varlen_attention", "grad_q", "grad_kv")
 # What matters most comes first, since --seconds may end the run early.
@@ -191,7 +192,7 @@ def measure_all(
 
 def problem(head_dim: int) -> tuple[int, int, int, int]:
     """Sequences, their length, heads and head_dim: Qwen2.5-VL's windows for its 80, else 16 tiles of Llama 4."""
-    return (144, 64, 16, head_dim) if head_dim == 80 else (16, 577, 16, head_dim)
+    return *sequences(head_dim), HEADS, head_dim
 
 
 def prepare(

@@ -29,13 +29,13 @@ from vit_kernels import (
 )
 
 from experiments.common import cli
+from experiments.common.problem import GRID, HEAD_DIM, HEADS, POSITIONS, TILES, WIDTH
 from experiments.common.roofline import ASSUMPTIONS, GPUS, interval
 from experiments.launches.eager import eager_launches
 from experiments.launches.inductor import generate_cuda_code
 from experiments.launches.launch import Launch
 from experiments.launches.models import flash_attention
 
-TILES, TOKENS, GRID, WIDTH, HEADS, HEAD_DIM = 16, 577, 24, 1408, 16, 88
 FORMS = ("eager", "Inductor alone", "Triton opaque", "Triton fused")
 GPU = "H100"
 
@@ -65,7 +65,7 @@ class Op:
 def main(arguments: list[str] | None = None) -> int:
     """Generate the code, print the table, write the file and return the exit status."""
     parser = cli.parser("python -m experiments.launches.ablation", __doc__)
-    parser.add_argument("--tiles", type=int, default=TILES, metavar="N", help="default: %(default)s")
+    parser.add_argument("--tiles", type=cli.positive, default=TILES, metavar="N", help="default: %(default)s")
     cli.add_out(parser)
     options = parser.parse_args(arguments)
     rows = [_row(op, options.tiles) for op in tqdm(OPS, desc="ops", disable=None)]
@@ -132,16 +132,16 @@ def _cell(form: dict[str, Any] | None) -> str:
 
 
 def _qkv_and_tables(tiles: int) -> list[Tensor]:
-    table = (TOKENS, HEAD_DIM // 2)
+    table = (POSITIONS, HEAD_DIM // 2)
     return [*_qkv(tiles)[:1], torch.empty(table, dtype=torch.float32), torch.empty(table, dtype=torch.float32)]
 
 
 def _qkv(tiles: int) -> list[Tensor]:
-    return [torch.empty(tiles * TOKENS, 3 * HEADS, HEAD_DIM), torch.empty(tiles + 1, dtype=torch.int32)]
+    return [torch.empty(tiles * POSITIONS, 3 * HEADS, HEAD_DIM), torch.empty(tiles + 1, dtype=torch.int32)]
 
 
 def _tiles(tiles: int) -> list[Tensor]:
-    return [torch.empty(tiles, TOKENS, WIDTH)]
+    return [torch.empty(tiles, POSITIONS, WIDTH)]
 
 
 def _tiles_and_norm(tiles: int) -> list[Tensor]:
@@ -149,12 +149,12 @@ def _tiles_and_norm(tiles: int) -> list[Tensor]:
 
 
 def _two_streams(tiles: int) -> list[Tensor]:
-    stream = (tiles * TOKENS, WIDTH)
+    stream = (tiles * POSITIONS, WIDTH)
     return [torch.empty(stream), torch.empty(stream), torch.empty(WIDTH), torch.empty(WIDTH)]
 
 
 def _tokens_and_linear(tiles: int) -> list[Tensor]:
-    return [torch.empty(tiles * TOKENS, WIDTH), torch.empty(4 * WIDTH, WIDTH), torch.empty(4 * WIDTH)]
+    return [torch.empty(tiles * POSITIONS, WIDTH), torch.empty(4 * WIDTH, WIDTH), torch.empty(4 * WIDTH)]
 
 
 def _rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,12 +166,12 @@ def _rotated_in_place(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _flash(qkv: Tensor, _: Tensor) -> Tensor:
-    q, k, v = qkv.unflatten(0, (-1, TOKENS)).chunk(3, dim=2)
+    q, k, v = qkv.unflatten(0, (-1, POSITIONS)).chunk(3, dim=2)
     return flash_attention(q, k, v)
 
 
 def _by_the_formula(qkv: Tensor, _: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in qkv.unflatten(0, (-1, TOKENS)).chunk(3, dim=2))
+    q, k, v = (x.transpose(1, 2) for x in qkv.unflatten(0, (-1, POSITIONS)).chunk(3, dim=2))
     return torch.softmax(q @ k.mT * HEAD_DIM**-0.5, dim=-1) @ v
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from experiments.common import cli
+from experiments.common.measure import in_turn
 from experiments.vllm import offline
 from experiments.vllm.load import Load, drive, image_files
 from experiments.vllm.report import ENOUGH_ROUNDS, differences, draw, table
@@ -144,23 +145,20 @@ def _rounds(options: argparse.Namespace, model: Path, load: Load) -> list[Result
     variants = [variant for variant in VARIANTS if variant.key in options.variants]
     results = {variant: Result(variant.name) for variant in variants}
     with tempfile.TemporaryDirectory() as folder, tqdm(total=options.rounds * len(variants), unit="server") as progress:
-        for number in range(options.rounds):
-            # Each round starts with another variant, so that a machine that slows down slows all of them down.
-            first = number % len(variants)
-            for variant in variants[first:] + variants[:first]:
-                progress.set_postfix_str(f"round {number + 1}, {variant.name}")
-                try:
-                    measured = _measure(options, variant, model, load, number, Path(folder))
-                except (OSError, RuntimeError) as error:
-                    results[variant].problems.append(f"round {number + 1}: {error}")
-                else:
-                    results[variant].rounds.append({name: measured[name] for name in KEPT})
-                    if measured["failed"]:
-                        reason = next(filter(None, measured["errors"]), "no reason given").strip().splitlines()[-1]
-                        results[variant].problems.append(
-                            f"round {number + 1}: {measured['failed']} of {load.prompts} requests failed: {reason}"
-                        )
-                progress.update()
+        for number, variant in in_turn(variants, options.rounds):
+            progress.set_postfix_str(f"round {number + 1}, {variant.name}")
+            try:
+                measured = _measure(options, variant, model, load, number, Path(folder))
+            except (OSError, RuntimeError) as error:
+                results[variant].problems.append(f"round {number + 1}: {error}")
+            else:
+                results[variant].rounds.append({name: measured[name] for name in KEPT})
+                if measured["failed"]:
+                    reason = next(filter(None, measured["errors"]), "no reason given").strip().splitlines()[-1]
+                    results[variant].problems.append(
+                        f"round {number + 1}: {measured['failed']} of {load.prompts} requests failed: {reason}"
+                    )
+            progress.update()
     return list(results.values())
 
 

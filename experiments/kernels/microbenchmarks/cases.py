@@ -30,18 +30,14 @@ from vit_kernels.reference import (
 )
 from vit_kernels.testing import seeded_tensor
 
+from experiments.common.problem import GRID, HEAD_DIM, HEADS, POSITIONS, TILES, WIDTH, sequences
+
 Results = tuple[Tensor, ...]
 Call = Callable[[], Results]
 
 OURS = "triton"
 PEERS = ("flash_attn", "vllm", "liger_kernel")
 """Packages that must be installed to take part, and that need a GPU."""
-
-HEADS, WIDTH, GRID, POSITIONS = 16, 1408, 24, 577
-"""Of Llama 4's vision encoder: 24 x 24 patches and a class token a tile."""
-
-WINDOW = 64
-"""Tokens of a window of Qwen2.5-VL's vision encoder, which has heads of 80."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class Setting:
     @property
     def tiles(self) -> int:
         """Of 577 tokens."""
-        return 16 if self.device.type == "cuda" else 1
+        return TILES if self.device.type == "cuda" else 1
 
     def tensor(self, *shape: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
         """Normal values."""
@@ -185,11 +181,11 @@ def _linear_gelu(setting: Setting) -> Case:
     return Case(sizes, (expected,), "eager", nbytes, 2 * tokens * WIDTH * features, calls)
 
 
-def _packed_qkv(setting: Setting, head_dim: int = 88) -> Tensor:
+def _packed_qkv(setting: Setting, head_dim: int = HEAD_DIM) -> Tensor:
     return setting.tensor(setting.tiles * POSITIONS, 3 * HEADS, head_dim)
 
 
-def _tables(setting: Setting, head_dim: int = 88) -> tuple[Tensor, Tensor]:
+def _tables(setting: Setting, head_dim: int = HEAD_DIM) -> tuple[Tensor, Tensor]:
     angles = math.pi * setting.tensor(POSITIONS, head_dim // 2, seed=1, dtype=torch.float32)
     return angles.cos(), angles.sin()
 
@@ -214,7 +210,7 @@ def _rotary_2d(setting: Setting) -> Case:
     calls = _forms(rotary_2d, q, k, *tables) | {"liger_kernel": liger, "flash_attn": flash_attn}
     expected = rotary_2d_reference(q, k, *tables)
     nbytes = 2 * _bytes_of(q, k) + _bytes_of(*tables)
-    return Case(f"q and k of {setting.tiles} x {POSITIONS} x {HEADS} x 88", expected, "eager", nbytes, 0, calls)
+    return Case(f"q and k of {setting.tiles} x {POSITIONS} x {HEADS} x {HEAD_DIM}", expected, "eager", nbytes, 0, calls)
 
 
 def _rotary_2d_qkv(setting: Setting) -> Case:
@@ -233,7 +229,7 @@ def _rotary_2d_qkv(setting: Setting) -> Case:
     }
     expected = rotary_2d_qkv_reference(qkv, *tables, kv_heads=HEADS)
     nbytes = 2 * _bytes_of(qkv[:, : 2 * HEADS]) + _bytes_of(*tables)
-    return Case(f"{setting.tiles} x {POSITIONS} x 48 x 88", (expected,), "eager", nbytes, 0, calls)
+    return Case(f"{setting.tiles} x {POSITIONS} x {3 * HEADS} x {HEAD_DIM}", (expected,), "eager", nbytes, 0, calls)
 
 
 @dataclass(frozen=True)
@@ -276,7 +272,7 @@ class _Sequences:
 
 
 def _sequences(setting: Setting, head_dim: int) -> _Sequences:
-    count, length = (9 * setting.tiles, WINDOW) if head_dim == 80 else (setting.tiles, POSITIONS)
+    count, length = sequences(head_dim, setting.tiles)
     q, k, v = setting.tensor(count * length, 3, HEADS, head_dim).unbind(1)
     cu_seqlens = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=setting.device)
     return _Sequences(count, length, f"{count} x {length} x {HEADS} x {head_dim}", q, k, v, cu_seqlens)

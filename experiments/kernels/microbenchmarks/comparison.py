@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from vit_kernels.testing import assert_close_to_reference
 
+from experiments.common.measure import Run, Timer, interleaved_seconds
 from experiments.kernels.microbenchmarks.cases import OURS, PEERS, Call, Case, Results, Setting
-from experiments.kernels.microbenchmarks.timing import Run, Timer, interleaved_seconds
 
 ROUNDS = 7
 COPY, MATMUL = "copy", "matmul"

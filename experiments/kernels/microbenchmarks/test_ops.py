@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from experiments.common.environment import environment
+from experiments.common.measure import timer_for
 from experiments.kernels.microbenchmarks.cases import PEERS, Case, Setting, case_builders, contenders
 from experiments.kernels.microbenchmarks.comparison import Ceilings, Outcome, compare
-from experiments.kernels.microbenchmarks.timing import timer_for
 
 # Peers may warn as they like.
 pytestmark = pytest.mark.filterwarnings("default")
