@@ -1,1 +1,1 @@
-"""Runnable experiments: `python -m experiments.NAME --help`."""
+"""A folder a question: `python -m experiments` lists the commands."""

@@ -7,4 +7,4 @@ source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/setup.sh"
 ensure_environment
 # As in run.sh: paths among the arguments are relative to the folder of the call, where nothing is imported from.
 export PYTHONPATH="$PROJECT_ROOT${PYTHONPATH:+:$PYTHONPATH}"
-exec "$VENV_PYTHON" -P -m experiments.gpu_report "$@"
+exec "$VENV_PYTHON" -P -m experiments.gpu "$@"

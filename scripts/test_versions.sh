@@ -84,9 +84,9 @@ run_tests() {
 
 make_report() {
   rm -f "$VENV/kernel_report.json"
-  "$VENV_PYTHON" -m experiments.kernel_report --kernel varlen_attention --dtype bfloat16 --out "$VENV" \
+  "$VENV_PYTHON" -m experiments.kernels --kernel varlen_attention --dtype bfloat16 --out "$VENV" \
     >"$VENV/kernel_report.txt" || return 1
-  "$VENV_PYTHON" -m experiments.kernel_differences experiments/results/kernel_report.json "$VENV/kernel_report.json"
+  "$VENV_PYTHON" -m experiments.kernels.diff experiments/results/kernel_report.json "$VENV/kernel_report.json"
 }
 
 # "torch 2.13.0+cpu, triton 3.6.0", or nothing where the environment could not be made.

@@ -21,7 +21,7 @@ Runs the tests of the vLLM plugin on a tiny random Llama 4 and Qwen2.5-VL in the
 those of the batch encoder with $RAY. Their virtual environment is .venv-vllm, made at the first call (about 3
 minutes, 4 GB). No GPU is needed. About 11 minutes on 2 cores.
 
-  --set-up-only  only make the environment, for the experiments serve_vllm, offline_vllm and encode_dataset
+  --set-up-only  only make the environment, for experiments.vllm and experiments.dataset
 USAGE
 }
 

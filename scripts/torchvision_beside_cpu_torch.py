@@ -1,8 +1,8 @@
 """Lets a torchvision built for CUDA be imported in an environment whose torch is built for CPUs only.
 
 scripts/test_vllm.sh copies this into the environment, beside a .pth file that imports it when Python starts: processes
-that vLLM starts must have it too. It acts at the first import of torchvision (see `experiments.peers`, which does the
-same in one process).
+that vLLM starts must have it too. It acts at the first import of torchvision (see `experiments.common.peers`, which
+does the same in one process).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.report import cutting, encoder_text, header, notes, table_rows
+from experiments.encode.report import cutting, encoder_text, header, notes, table_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- results: written by scripts/update_readme.py -->"

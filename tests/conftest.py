@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from experiments.peers import allow_torchvision_beside_cpu_torch
+from experiments.common.peers import allow_torchvision_beside_cpu_torch
 
 # Deterministic, so that a red run is red again; no deadline, because a first example compiles.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, print_blob=True, database=None)

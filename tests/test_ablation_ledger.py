@@ -21,7 +21,7 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     """The ablation ledger's forms by op."""
     out = tmp_path_factory.mktemp("ablation")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "experiments.ablation_ledger", "--tiles", str(TILES), "--out", str(out)]
+    command = [sys.executable, "-m", "experiments.launches.ablation", "--tiles", str(TILES), "--out", str(out)]
     finished = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
     )

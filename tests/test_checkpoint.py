@@ -27,7 +27,7 @@ from vit_encoder.llama4.checkpoint import (
 from vit_encoder.llama4.config import Llama4VisionConfig, text_hidden_size
 from vit_encoder.llama4.model import Llama4MultiModalProjector, Llama4VisionModel
 
-from experiments.peers import allow_torchvision_beside_cpu_torch
+from experiments.common.peers import allow_torchvision_beside_cpu_torch
 
 CONFIG = Llama4VisionConfig(
     hidden_size=32,

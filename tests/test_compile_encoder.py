@@ -20,12 +20,12 @@ from vit_encoder import Llama4VisionConfig, Llama4VisionModel
 from vit_encoder.llama4 import reference_forward
 from vit_encoder.llama4.checkpoint import to_hf_tensors, vision_tensors
 
-from experiments import comparison, measure
-from experiments.comparison import ALLOWED_EPS, compare, relative_error
-from experiments.compile_encoder import main
-from experiments.peers import transformers_vision_model
-from experiments.report import notes
-from experiments.weights import random_encoder
+from experiments.common import comparison, measure
+from experiments.common.comparison import ALLOWED_EPS, compare, relative_error
+from experiments.common.peers import transformers_vision_model
+from experiments.common.weights import random_encoder
+from experiments.encode.__main__ import main
+from experiments.encode.report import notes
 from scripts import update_readme
 
 ROOT = Path(__file__).parents[1]
@@ -117,7 +117,7 @@ def test_low_precision_is_right_too(dtype: str, tmp_path: Path) -> None:
 def test_without_transformers_eager_is_the_yardstick(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("experiments.compile_encoder.transformers_vision_model", lambda model: None)
+    monkeypatch.setattr("experiments.encode.__main__.transformers_vision_model", lambda model: None)
     assert list(rows(run(tmp_path))) == ["eager", "compiled"]
     assert "twice what eager makes" in capsys.readouterr().out
 
@@ -176,7 +176,7 @@ def test_a_form_that_fails_is_reported_and_the_others_are_timed(
         def forward(self, pixel_values: Tensor) -> Tensor:
             raise RuntimeError("\nno kernel image\nis available")
 
-    monkeypatch.setattr("experiments.compile_encoder.transformers_vision_model", lambda model: Broken())
+    monkeypatch.setattr("experiments.encode.__main__.transformers_vision_model", lambda model: Broken())
     result = run(tmp_path, code=1)
     assert rows(result)["transformers"]["problem"] == "RuntimeError: no kernel image"
     assert "yardstick" not in result
@@ -273,7 +273,7 @@ def test_help_shows_examples_and_exit_statuses(capsys: pytest.CaptureFixture[str
 
 
 def test_the_module_is_a_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments.compile_encoder", "--image", str(tmp_path)]
+    command = [sys.executable, "-m", "experiments.encode", "--image", str(tmp_path)]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr

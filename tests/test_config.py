@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vit_encoder.llama4.config import Llama4VisionConfig, read_config, text_hidden_size
 
-from experiments.peers import allow_torchvision_beside_cpu_torch
+from experiments.common.peers import allow_torchvision_beside_cpu_torch
 
 SCOUT_VISION = {
     "attention_dropout": 0.0,

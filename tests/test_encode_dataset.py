@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from vit_encoder import Llama4ImageSettings, Llama4VisionConfig, encode_images
 
-from experiments import encode_dataset
-from experiments.dataset_encoder import EncoderSettings, filled
-from experiments.dataset_engines import Job
-from experiments.dataset_images import decode, references
-from experiments.dataset_parts import Embedding, difference, read_embeddings, sources_done, write_part
-from experiments.encode_dataset import Progress
+from experiments.dataset import __main__ as encode_dataset
+from experiments.dataset.__main__ import Progress
+from experiments.dataset.encoder import EncoderSettings, filled
+from experiments.dataset.engines import Job
+from experiments.dataset.images import decode, references
+from experiments.dataset.parts import Embedding, difference, read_embeddings, sources_done, write_part
 
 needs_pyarrow = pytest.mark.skipif(
     importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed; ./scripts/test_vllm.sh has it"
@@ -182,7 +182,7 @@ def test_a_second_run_encodes_only_what_is_missing(
         calls.append(len(tiled))
         return encode_images(model, tiled)
 
-    monkeypatch.setattr("experiments.dataset_encoder.encode_images", counted)
+    monkeypatch.setattr("experiments.dataset.encoder.encode_images", counted)
     assert run(images, out) == 0
     assert calls == []
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before

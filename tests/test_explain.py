@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.explain import main
+from experiments.compile_cost.explain import main
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

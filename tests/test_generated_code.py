@@ -15,7 +15,7 @@ SCRIPT = """
     import dataclasses
     import json
     import torch
-    from experiments.inductor_code import generate_cuda_code
+    from experiments.launches.inductor import generate_cuda_code
     from vit_encoder import Llama4VisionConfig, Llama4VisionModel
     from vit_encoder.testing import fake_cuda
 

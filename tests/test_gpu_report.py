@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import gpu_report, tune
-from experiments.environment import environment
-from experiments.gpu_report import Stage, cpu_stages, gpu_stages, run_stages
-from experiments.gpu_report_summary import Outcome, summary_text
-from experiments.microbenchmarks.cases import Setting, case_builders
-from experiments.tune import Attempt, Case
+from experiments.common.environment import environment
+from experiments.gpu import __main__ as gpu_report
+from experiments.gpu.__main__ import Stage, cpu_stages, gpu_stages, run_stages
+from experiments.gpu.summary import Outcome, summary_text
+from experiments.kernels import tune
+from experiments.kernels.microbenchmarks.cases import Setting, case_builders
+from experiments.kernels.tune import Attempt, Case
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,7 +104,7 @@ def test_the_stages_on_a_gpu_fit_into_8_minutes_and_name_what_exists(tmp_path: P
         assert stages[name].variables["VIT_KERNELS_TUNED"] == str(tmp_path / "tuned")
     assert stages["tuning"].command(105) == [
         "-m",
-        "experiments.tune",
+        "experiments.kernels.tune",
         "--out",
         str(tmp_path / "tuned"),
         "--seconds",
@@ -133,7 +134,7 @@ def test_the_stages_on_a_gpu_fit_into_8_minutes_and_name_what_exists(tmp_path: P
 
 @pytest.mark.parametrize("stages", [gpu_stages, cpu_stages])
 def test_every_command_of_a_stage_is_understood(stages: Callable[[Path], list[Stage]], tmp_path: Path) -> None:
-    from experiments import compile_encoder
+    from experiments.encode import __main__ as compile_encoder
 
     commands = {stage.name: stage.command(100.0)[2:] for stage in stages(tmp_path)}
     main_job = compile_encoder._parser().parse_args(commands["main job"])
@@ -224,7 +225,7 @@ def test_on_a_gpu_the_folder_has_its_name_and_a_failed_stage_fails_the_report(
 ) -> None:
     around = environment() | {"devices": [{"name": "Some GPU, 80 GB"}], "date": "2026-01-02T03:04:05+00:00"}
     monkeypatch.setattr(gpu_report, "environment", lambda: around)
-    monkeypatch.setattr(gpu_report, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_report.cli, "LOCAL", tmp_path)
 
     def run_stages(stages: list[Stage], folder: Path) -> list[Outcome]:
         return [Outcome(stage.name, "exit status 1" if stage.name == "tuning" else None, 1, "") for stage in stages]
@@ -250,7 +251,7 @@ def test_a_folder_with_files_is_refused(
 
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
-  *experiments.gpu_report*) printf '%s\\n' "$PYTHONPATH" "$PWD" "$@"; exit 5 ;;
+  *experiments.gpu*) printf '%s\\n' "$PYTHONPATH" "$PWD" "$@"; exit 5 ;;
   *) exec 'PYTHON' "$@" ;;
 esac
 """.replace("PYTHON'", f"{sys.executable}'")
@@ -271,4 +272,4 @@ def test_the_script_runs_the_report_in_the_folder_of_the_call(tmp_path: Path) ->
     done = subprocess.run(command, cwd=called_from, env=variables, capture_output=True, text=True, timeout=60)
     assert done.returncode == 5, done.stderr
     said: list[Any] = done.stdout.splitlines()
-    assert said == [str(project), str(called_from), "-P", "-m", "experiments.gpu_report", "--out", "a b"]
+    assert said == [str(project), str(called_from), "-P", "-m", "experiments.gpu", "--out", "a b"]

@@ -35,8 +35,8 @@ SCRIPT = """
     from vit_kernels import _dispatch
     from vit_kernels.inspection import compile_launch
 
-    from experiments import ledger_launches
-    from experiments.inductor_code import generate_cuda_code
+    from experiments.launches import launch
+    from experiments.launches.inductor import generate_cuda_code
 
     ALLOCATIONS = {"aten::empty", "aten::new_empty", "aten::empty_strided", "aten::empty_like"}
     CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -170,7 +170,7 @@ SCRIPT = """
         facts |= {"code": generated.code, "refused": generated.cudagraphs_refused}
         facts["disagreement"] = {}
         for what, lines in (("missing", []), ("surplus", ["triton_a_0", "triton_b_1"])):
-            with mock.patch.object(ledger_launches, "triton_calls", lambda _: lines):
+            with mock.patch.object(launch, "triton_calls", lambda _: lines):
                 try:
                     generate_cuda_code(lambda x: x + 1, pair)
                 except Exception as error:

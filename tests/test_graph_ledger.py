@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from experiments.ledger_launches import functions, triton_calls
+from experiments.launches.launch import functions, triton_calls
 
 ROOT = Path(__file__).parents[1]
 TILES = 16
@@ -25,7 +25,7 @@ def layers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     """A layer of each encoder, 16 tiles, static shapes, from a process of its own."""
     out = tmp_path_factory.mktemp("ledger")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "experiments.graph_ledger", "--tiles", str(TILES), "--shapes", "static"]
+    command = [sys.executable, "-m", "experiments.launches", "--tiles", str(TILES), "--shapes", "static"]
     command += ["--encoders", "ours", "ours, fused GELU", "transformers", "--out", str(out)]
     finished = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False

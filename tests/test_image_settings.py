@@ -31,7 +31,7 @@ from vit_encoder.qwen2_5_vl import PatchSettings, patch_image
 from vit_encoder.qwen2_5_vl import checkpoint as qwen_checkpoint
 from vit_encoder.qwen2_5_vl import encode_images as encode_qwen_images
 
-from experiments.peers import allow_torchvision_beside_cpu_torch
+from experiments.common.peers import allow_torchvision_beside_cpu_torch
 
 QWEN = dataclasses.replace(Qwen2_5_VLVisionConfig.tiny(), depth=2)
 LLAMA4 = dataclasses.replace(Llama4VisionConfig.tiny(), num_hidden_layers=1)

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from vit_encoder.llama4.images import ImageInput, TiledImage, best_canvas, tile_image
 
-from experiments.peers import allow_torchvision_beside_cpu_torch
+from experiments.common.peers import allow_torchvision_beside_cpu_torch
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""experiments.kernel_report: no figure is worse than the committed one, and what the report says is right."""
+"""experiments.kernels: no figure is worse than the committed one, and what the report says is right."""
 
 import copy
 import itertools
@@ -13,12 +13,13 @@ import pytest
 from rich.console import Console
 from vit_kernels.inspection.targets import TARGETS
 
-from experiments import kernel_report, roofline
-from experiments.kernel_compilation import Case, cases_of, compile_case, run_all
-from experiments.kernel_regressions import FEWER_IS_BETTER, Row, key_of, read_report, regressions, triton_version
-from experiments.kernel_report import COMMITTED, main, make_rows
-from experiments.kernel_table import DTYPES, HEAD_DIMS, OURS, PEERS, Problem, installed_peers
-from experiments.kernel_tables import COLUMNS, cells
+from experiments.common import roofline
+from experiments.kernels import __main__ as kernel_report
+from experiments.kernels.__main__ import COMMITTED, main, make_rows
+from experiments.kernels.check import FEWER_IS_BETTER, Row, key_of, read_report, regressions, triton_version
+from experiments.kernels.compile import Case, cases_of, compile_case, run_all
+from experiments.kernels.registry import DTYPES, HEAD_DIMS, OURS, PEERS, Problem, installed_peers
+from experiments.kernels.text import COLUMNS, cells
 
 ATTENTION = OURS[0]
 

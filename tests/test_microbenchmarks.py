@@ -21,9 +21,10 @@ from vit_kernels import force_impl
 from vit_kernels.reference import rotary_2d_reference, varlen_attention_reference
 from vit_kernels.testing import corrected_interpreter
 
-from experiments.microbenchmarks import cases, comparison, test_ops
-from experiments.microbenchmarks.cases import OURS, PEERS, Case, Setting, case_builders, contenders
-from experiments.microbenchmarks.comparison import Ceilings, Outcome, absence, compare, judge
+from experiments.common import problem
+from experiments.kernels.microbenchmarks import cases, comparison, test_ops
+from experiments.kernels.microbenchmarks.cases import OURS, PEERS, Case, Setting, case_builders, contenders
+from experiments.kernels.microbenchmarks.comparison import Ceilings, Outcome, absence, compare, judge
 
 ROOT = Path(__file__).parents[1]
 CPU = Setting(torch.device("cpu"))
@@ -34,8 +35,9 @@ SMALL = {"HEADS": 2, "WIDTH": 24, "GRID": 2, "POSITIONS": 5, "WINDOW": 6}
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiny cases, and no compilation."""
-    for name, value in SMALL.items():
-        monkeypatch.setattr(cases, name, value)
+    for module in (cases, problem):
+        for name in vars(module).keys() & SMALL.keys():
+            monkeypatch.setattr(module, name, SMALL[name])
     monkeypatch.setattr(cases, "_compiled", lambda call: call)
     with torch.no_grad():
         yield
@@ -264,10 +266,12 @@ def test_an_absent_contender_is_skipped_with_the_reason(monkeypatch: pytest.Monk
 RUN_SMALL = f"""
 import sys
 import pytest
-from experiments.microbenchmarks import cases, comparison
+from experiments.common import problem
+from experiments.kernels.microbenchmarks import cases, comparison
 
-for name, value in {SMALL}.items():
-    setattr(cases, name, value)
+small = {SMALL}
+for module in (cases, problem):
+    vars(module).update({{name: small[name] for name in vars(module).keys() & small.keys()}})
 cases._compiled = lambda call: call
 comparison._ceilings = lambda setting: (1, 1, {{"copy": lambda: None, "matmul": lambda: None}})
 sys.exit(pytest.main(sys.argv[1:]))
@@ -277,7 +281,14 @@ sys.exit(pytest.main(sys.argv[1:]))
 def test_the_folder_runs_with_benchmarks_on_and_its_results_name_no_machine(tmp_path: Path) -> None:
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     results = tmp_path / "results.json"
-    command = [sys.executable, "-c", RUN_SMALL, "experiments/microbenchmarks", f"--benchmark-json={results}", "-q"]
+    command = [
+        sys.executable,
+        "-c",
+        RUN_SMALL,
+        "experiments/kernels/microbenchmarks",
+        f"--benchmark-json={results}",
+        "-q",
+    ]
     command += ["-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
@@ -294,7 +305,7 @@ def test_the_folder_runs_with_benchmarks_on_and_its_results_name_no_machine(tmp_
 
 
 def test_interpreted_kernels_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    conftest = importlib.import_module("experiments.microbenchmarks.conftest")
+    conftest = importlib.import_module("experiments.kernels.microbenchmarks.conftest")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(pytest.UsageError, match="TRITON_INTERPRET"):
         conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace()))

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from experiments import offline_vllm
+from experiments.vllm import offline
+from experiments.vllm.__main__ import main
 
 
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answers: dict[str, Any], *arguments: str) -> int:
@@ -21,12 +22,12 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answers: dict[str, Any]
         if isinstance(answer, Exception):
             return subprocess.CompletedProcess(command, 1, "", f"RuntimeError: {answer}\nEngineDeadError: bye\n")
         texts = [{"text": text, "tokens": list(text.encode())} for text in answer]
-        Path(command[command.index("experiments.vllm_generate") + 2]).write_text(json.dumps(texts))
+        Path(command[command.index("experiments.vllm.generate") + 2]).write_text(json.dumps(texts))
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(offline_vllm.subprocess, "run", process)
-    monkeypatch.setattr(offline_vllm.importlib.util, "find_spec", lambda name: True)
-    return offline_vllm.main(["--model", str(tmp_path), *arguments])
+    monkeypatch.setattr(offline.subprocess, "run", process)
+    monkeypatch.setattr(offline.importlib.util, "find_spec", lambda name: True)
+    return main(["--offline", "--model", str(tmp_path), *arguments])
 
 
 VARIANTS = ["off-compiled", "encoder-compiled"]
@@ -65,13 +66,13 @@ def test_a_variant_that_fails_is_told_with_its_first_error(
     [
         (["--model", "nowhere"], "--model: got 'nowhere'"),
         (["--image", "nowhere.png"], "--image: got 'nowhere.png', expected an image"),
-        (["--max-tokens", "0"], "--max-tokens: got 0"),
+        (["--max-tokens", "0"], "--max-tokens: got '0'"),
         (["--engine", "[]"], "--engine: got [], expected a JSON object"),
     ],
 )
 def test_bad_arguments_are_named(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exited:
-        offline_vllm.main(arguments)
+        main(["--offline", *arguments])
     assert exited.value.code == 2
     assert told in capsys.readouterr().err
 
@@ -79,7 +80,7 @@ def test_bad_arguments_are_named(arguments: list[str], told: str, capsys: pytest
 def test_without_vllm_the_environment_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(offline_vllm.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(offline.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        offline_vllm.main([])
+        main(["--offline"])
     assert "./scripts/test_vllm.sh --set-up-only" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from vit_encoder import (
 from vit_encoder.llama4 import initialise_, reference_forward
 from vit_encoder.llama4.checkpoint import to_hf_tensors, vision_tensors
 
-from experiments.peers import transformers_vision_model
+from experiments.common.peers import transformers_vision_model
 
 DTYPES = [torch.float32, torch.bfloat16]
 COMPILED = CompilationConfig(compile_mm_encoder=True)

@@ -16,7 +16,7 @@ from vit_encoder import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel
 from vit_encoder.checkpoints import to_hf_tensors
 from vit_encoder.qwen2_5_vl.checkpoint import vision_tensors
 
-from experiments.peers import allow_torchvision_beside_cpu_torch
+from experiments.common.peers import allow_torchvision_beside_cpu_torch
 from tests.qwen2_5_vl_batches import encoder, patches
 
 PUBLISHED = {

@@ -11,10 +11,10 @@ from PIL import Image
 from vit_encoder import Qwen2_5_VLImageSettings, Qwen2_5_VLVisionConfig
 from vit_encoder.qwen2_5_vl import patch_image, reference_forward
 
-from experiments.comparison import ALLOWED_EPS, relative_error
-from experiments.compile_encoder import main
-from experiments.qwen2_5_vl import GRIDS, prepare
-from experiments.weights import random_encoder
+from experiments.common.comparison import ALLOWED_EPS, relative_error
+from experiments.common.weights import random_encoder
+from experiments.encode.__main__ import main
+from experiments.encode.qwen2_5_vl import GRIDS, prepare
 from tests.qwen2_5_vl_batches import patches
 from tests.test_qwen2_5_vl_config import CONFIG, save
 

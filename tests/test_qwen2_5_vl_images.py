@@ -14,7 +14,7 @@ from vit_encoder import Qwen2_5_VLVisionConfig
 from vit_encoder.qwen2_5_vl import PatchedImage, patch_image, reference_forward
 from vit_encoder.qwen2_5_vl.images import resized
 
-from experiments.peers import allow_torchvision_beside_cpu_torch, transformers_qwen2_5_vl
+from experiments.common.peers import allow_torchvision_beside_cpu_torch, transformers_qwen2_5_vl
 from tests.qwen2_5_vl_batches import encoder, relative_error
 
 CONFIG = dataclasses.replace(Qwen2_5_VLVisionConfig.tiny(), depth=2)

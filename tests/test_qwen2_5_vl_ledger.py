@@ -20,7 +20,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """A row for each encoder and kind of attention, static shapes, from a process of its own."""
     out = tmp_path_factory.mktemp("ledger")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "experiments.graph_ledger_qwen2_5_vl", "--encoders", "ours", "transformers"]
+    command = [sys.executable, "-m", "experiments.launches.qwen2_5_vl", "--encoders", "ours", "transformers"]
     finished = subprocess.run(
         [*command, "--out", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )

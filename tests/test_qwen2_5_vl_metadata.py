@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vit_encoder import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel
 from vit_encoder.qwen2_5_vl import VisionMetadata, vision_metadata
 
-from experiments.peers import allow_torchvision_beside_cpu_torch
+from experiments.common.peers import allow_torchvision_beside_cpu_torch
 from tests.qwen2_5_vl_batches import grids
 
 CONFIG = Qwen2_5_VLVisionConfig.tiny()

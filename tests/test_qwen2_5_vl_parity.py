@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vit_encoder import CompilationConfig, Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel, whole_graph
 from vit_encoder.qwen2_5_vl import reference_forward
 
-from experiments.peers import transformers_qwen2_5_vl
+from experiments.common.peers import transformers_qwen2_5_vl
 from tests.qwen2_5_vl_batches import encoder, grids, patches
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from experiments.environment import _variables, environment
+from experiments.common.environment import _variables, environment
 
 ROOT = Path(__file__).parents[1]
 STEPS = {
@@ -32,7 +32,7 @@ case "$*" in
   "-m pip --version") ;;
   "-m pip install "*) echo "what pip says in $PWD"; sleep "${{INSTALL_SECONDS:-0}}" ;;
   "-c import torch"*) ;;
-  *experiments.compile_encoder* | "-m pytest"*)
+  *experiments.encode* | "-m pytest"*)
     printf '%s\\n' "cwd=$PWD" "path=$PYTHONPATH" "profile=$HYPOTHESIS_PROFILE" "threads=$OMP_NUM_THREADS" "$@" ;;
   *) exec '{sys.executable}' "$@" ;;
 esac
@@ -208,7 +208,7 @@ def test_the_main_job_runs_in_the_folder_of_the_call_and_imports_from_the_projec
     done = project.run(*arguments, script=reach(project.root / "scripts/run.sh"), cwd=tmp_path)
     lines = done.stdout.splitlines()
     assert lines[:2] == [f"cwd={tmp_path}", f"path={project.root}"]
-    assert lines[4:] == ["-P", "-m", "experiments.compile_encoder", *arguments]
+    assert lines[4:] == ["-P", "-m", "experiments.encode", *arguments]
 
 
 @pytest.mark.parametrize("reach", [direct, through_a_link_to_the_script, through_a_link_to_the_folder])
@@ -227,9 +227,7 @@ def test_the_profile_and_threads_of_the_caller_are_kept(project: Project) -> Non
     assert done.stdout.splitlines()[2:4] == ["profile=thorough", "threads=2"]
 
 
-@pytest.mark.parametrize(
-    ("script", "call"), [("run.sh", "-P -m experiments.compile_encoder"), ("test.sh", "-m pytest")]
-)
+@pytest.mark.parametrize(("script", "call"), [("run.sh", "-P -m experiments.encode"), ("test.sh", "-m pytest")])
 def test_the_exit_code_of_the_job_is_kept(project: Project, script: str, call: str) -> None:
     assert project.run(script=f"scripts/{script}", FAIL=call).returncode == 7
 
@@ -315,7 +313,7 @@ def test_the_report_names_the_commit_and_whether_files_differ_from_it(
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@example.com", *arguments]
         return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
 
-    monkeypatch.setattr("experiments.environment._ROOT", tmp_path)
+    monkeypatch.setattr("experiments.common.environment._ROOT", tmp_path)
     assert environment()["git"] is None
     git("init", "--quiet")
     git("commit", "--quiet", "--allow-empty", "--message", "a")
@@ -323,5 +321,5 @@ def test_the_report_names_the_commit_and_whether_files_differ_from_it(
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/file").touch()
     assert environment()["git"]["dirty"]
-    monkeypatch.setattr("experiments.environment._ROOT", tmp_path / "folder")
+    monkeypatch.setattr("experiments.common.environment._ROOT", tmp_path / "folder")
     assert environment()["git"] is None

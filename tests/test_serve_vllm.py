@@ -15,12 +15,14 @@ from unittest import mock
 
 import pytest
 
-from experiments import serve_vllm, vllm_load, vllm_server
-from experiments.serving_report import differences, draw, table
-from experiments.vllm_encoder_timer import EncoderTimer
-from experiments.vllm_load import TILE_MIX, Load, drive, image_files, tile_mix
-from experiments.vllm_server import Server, ServerError, check_port, free_port, serving
-from experiments.vllm_variants import VARIANTS, Variant, environment
+from experiments.vllm import __main__ as serve_vllm
+from experiments.vllm import load as vllm_load
+from experiments.vllm import server as vllm_server
+from experiments.vllm.load import TILE_MIX, Load, drive, image_files, tile_mix
+from experiments.vllm.report import differences, draw, table
+from experiments.vllm.server import Server, ServerError, check_port, free_port, serving
+from experiments.vllm.timer import EncoderTimer
+from experiments.vllm.variants import VARIANTS, Variant, environment
 
 # Answers as vLLM does, with a process beside itself; what it must not do comes in the environment.
 SERVER = """
@@ -101,7 +103,7 @@ def test_a_server_that_never_gets_ready_is_reported_with_its_log(tmp_path: Path,
 
 def test_the_encoder_timer_counts_from_the_first_question(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))
-    monkeypatch.setattr("experiments.vllm_encoder_timer.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("experiments.vllm.timer.time.perf_counter", lambda: next(clock))
     timer, model = EncoderTimer(), SimpleNamespace(embed_multimodal=lambda tiles: tiles + 1)
     timer.model_runner = SimpleNamespace(get_model=lambda: model)
     model.embed_multimodal(1)

@@ -19,9 +19,9 @@ from triton.runtime.errors import OutOfResources
 from vit_kernels._triton.configurations import candidates, preferred, tuned_file
 from vit_kernels.testing import corrected_interpreter
 
-from experiments import tune
-from experiments.microbenchmarks.timing import Run, Timer, interleaved_seconds, timer_for
-from experiments.tune import Attempt, Case
+from experiments.common.measure import Run, Timer, interleaved_seconds, timer_for
+from experiments.kernels import tune
+from experiments.kernels.tune import Attempt, Case
 
 NAME = "Some GPU, 80 GB"
 FORWARD = Case("varlen_attention", 88, "bfloat16")
@@ -335,7 +335,7 @@ def test_rounds_interleave_and_each_begins_with_another_run() -> None:
 
 def test_the_timer_of_a_cpu_is_the_median_call(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 5.0, 10.0, 11.0, 20.0, 22.0])
-    monkeypatch.setattr("experiments.microbenchmarks.timing.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("experiments.common.measure.time.perf_counter", lambda: next(now))
     assert timer_for(torch.device("cpu"))(lambda: None) == 2.0
 
 

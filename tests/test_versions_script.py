@@ -58,7 +58,7 @@ printf '%s\\n' "$*" >>"$CALLS"
 case "$*" in
   "-m venv "*) mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python" ;;
   "-m pytest"*) echo "3 passed in 1s"; exit "${TESTS:-0}" ;;
-  "-m experiments.kernel_report"*) echo "a table"; exit "${REPORT_STATUS:-0}" ;;
+  "-m experiments.kernels "*) echo "a table"; exit "${REPORT_STATUS:-0}" ;;
   "-c import torch, triton"*) echo "torch 9, triton 8" ;;
 esac
 """

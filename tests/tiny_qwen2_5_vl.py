@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from experiments.peers import allow_torchvision_beside_cpu_torch
-from experiments.tiny_llama4 import byte_tokenizer, initialise
+from experiments.common.peers import allow_torchvision_beside_cpu_torch
+from experiments.vllm.tiny_llama4 import byte_tokenizer, initialise
 
 VISION_LAYERS = 3
 BEGIN, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"

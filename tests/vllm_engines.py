@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from experiments.tiny_llama4 import make_tiny_llama4
-from experiments.vllm_variants import Variant, environment
+from experiments.vllm.tiny_llama4 import make_tiny_llama4
+from experiments.vllm.variants import Variant, environment
 from tests.tiny_qwen2_5_vl import make_tiny_qwen2_5_vl
 
 ROOT = Path(__file__).parents[1]

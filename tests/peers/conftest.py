@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.peers import allow_torchvision_beside_cpu_torch
+from experiments.common.peers import allow_torchvision_beside_cpu_torch
 from tests.peers.installed import versions
 
 torch.set_num_threads(1)

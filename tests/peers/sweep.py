@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from vit_encoder.integrations.transformers import attention, register_attention
 from vit_kernels.testing import assert_close_to_reference
 
-from experiments.peers import allow_torchvision_beside_cpu_torch
+from experiments.common.peers import allow_torchvision_beside_cpu_torch
 from tests.peers.installed import versions
 from tests.peers.sweep_models import NotBuiltError, inputs, small_model, vision_classes
 

@@ -205,4 +205,6 @@ def _tuned(target: str, device: int) -> dict[str, Any]:
         tuned = json.loads(path.read_text(encoding="utf-8"))
         return tuned["configurations"] if tuned["target"] == target else {}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected tuned configurations as experiments.tune writes them: {error}") from error
+        raise ValueError(
+            f"{path}: expected tuned configurations as experiments.kernels.tune writes them: {error}"
+        ) from error

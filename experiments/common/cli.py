@@ -1,0 +1,92 @@
+"""What every command has: a parser, a console, a folder for its results, and the file that it writes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments.common.environment import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = ROOT / "experiments/results"
+LOCAL = COMMITTED / "local"
+"""Git ignores it."""
+
+
+def parser(
+    prog: str,
+    description: str | None,
+    *,
+    arguments: str = "[options]",
+    examples: str = "",
+    statuses: Mapping[int, str] = {},
+) -> argparse.ArgumentParser:
+    """A parser whose help has the examples and what each exit status means.
+
+    Args:
+        prog: what is typed before the arguments.
+        description: the module's docstring.
+        arguments: of the usage line.
+        examples: lines in which %(prog)s stands for `prog`.
+        statuses: what an exit status means; 2 is that of bad arguments.
+    """
+    sections = ["examples:\n" + examples.rstrip("\n")] if examples else []
+    if statuses:
+        meanings = {2: "bad arguments", **statuses}
+        sections.append("exit status:\n" + "\n".join(f"  {status}  {meanings[status]}" for status in sorted(meanings)))
+    return argparse.ArgumentParser(
+        prog=prog,
+        usage=f"%(prog)s {arguments}",
+        description=description,
+        epilog="\n\n".join(sections),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # A shortened option would slip past what looks for the whole one.
+        allow_abbrev=False,
+    )
+
+
+def add_out(parser: argparse.ArgumentParser, what: str = "JSON") -> None:
+    """Add `--out`, the folder for what a command writes."""
+    parser.add_argument("--out", type=Path, default=LOCAL, help=f"folder for the {what} (default: %(default)s)")
+
+
+def positive(text: str) -> int:
+    """The type of an option that takes a positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive integer")
+    return int(text)
+
+
+def console(width: int = 160, *, markup: bool = True) -> Console:
+    """As wide as the terminal, or `width` where there is none."""
+    return Console(width=None if sys.stdout.isatty() else width, highlight=False, markup=markup)
+
+
+def result(experiment: str, **content: Any) -> dict[str, Any]:
+    """What an experiment found, and what it was measured on."""
+    return {"experiment": experiment, "environment": environment(), **content}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, and make its folder; dataclasses become objects, NaN and infinities null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def plain(value: Any) -> Any:
+    """A value of JSON, made of dataclasses, mappings, sequences, numbers and strings."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

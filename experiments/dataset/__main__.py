@@ -1,0 +1,214 @@
+"""Embed a whole collection of images with the Llama 4 vision encoder, on one process or with Ray Data.
+
+Writes parquet files with a row an image: its source, its canvas in tiles, its features, or why it has none. What is in
+the folder already is not encoded again, so that an interrupted job goes on where it was. Needs pyarrow, and ray[data]
+for `--engine ray`: the extra `ray`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from tqdm import tqdm  # type: ignore[import-untyped]
+from vit_encoder import Llama4ImageSettings, Llama4VisionConfig
+
+from experiments.common import cli
+from experiments.dataset.encoder import EncoderSettings
+from experiments.dataset.engines import ENGINES, Job
+from experiments.dataset.images import references
+from experiments.dataset.parts import Embedding, difference, read_embeddings, sources_done
+
+# Other batches are other sums: the rounding of float32, with a margin for the depth of the encoder.
+ALLOWED = 1e-4
+CONFIGS: dict[str, Callable[[], Llama4VisionConfig]] = {
+    "scout": Llama4VisionConfig.scout,
+    "tiny": Llama4VisionConfig.tiny,
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+EXAMPLES = """  %(prog)s --images 'photographs/**/*.jpg' --out embeddings --checkpoint Llama-4-Scout-17B-16E-Instruct
+  %(prog)s --images 'shards/*.parquet' --out embeddings --checkpoint … --engine ray --actors 8 --device cuda
+  %(prog)s --images '*.png' --out /tmp/embeddings --config tiny --engine ray --compare
+      also encodes them with the plain loop, and says how far the two differ and how fast each is
+  %(prog)s --images '*.png' --out /tmp/embeddings --engine ray --compare --record experiments/results/local/ray.json
+"""
+STATUSES = {
+    0: "every image has a row, and no row has an error",
+    1: "some images have an error in their row; or, with --compare, embeddings differ",
+}
+
+
+@dataclass
+class Progress:
+    """What a job did, and when each image was done, in seconds from its start."""
+
+    errors: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+    def rate(self, part_images: int) -> float | None:
+        """Images a second after the first part, before which encoders were loaded; None where that was all."""
+        rest = self.seconds[part_images:]
+        elapsed = rest[-1] - self.seconds[part_images - 1] if rest else 0.0
+        return len(rest) / elapsed if elapsed else None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the job and return its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    console = cli.console()
+    try:
+        _check_installed(options.engine)
+        _check_record(options)
+        job, known = _job(options)
+    except (OSError, TypeError, ValueError) as error:
+        parser.error(str(error))
+    console.print(f"{known} images, {known - len(job.todo)} of them have a row already")
+    if not job.todo:
+        return 0
+    progress = _run(options.engine, job)
+    console.print(_told(options.engine, job, progress))
+    equal = not options.compare or _compared(console, options, job, progress)
+    return 0 if progress.errors == 0 and equal else 1
+
+
+def _check_record(options: argparse.Namespace) -> None:
+    """Refuse before the job what would be lost after it."""
+    if options.record is not None and not options.compare:
+        raise ValueError("--record: got a file without --compare, expected both: a comparison is what it records")
+    if options.record is not None and not options.record.parent.is_dir():
+        raise FileNotFoundError(f"--record: got {options.record}, expected a file in a folder that exists")
+
+
+def _check_installed(engine: str) -> None:
+    for module in ("pyarrow", *(["ray"] if engine == "ray" else [])):
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"{module} is not installed: pip install 'vit-kernels[ray]'")
+
+
+def _job(options: argparse.Namespace) -> tuple[Job, int]:
+    """The job, and how many images there are, those with a row included."""
+    settings = _settings(options)
+    found = references(options.images)
+    options.out.mkdir(parents=True, exist_ok=True)
+    done = sources_done(options.out)
+    todo = [reference for reference in found if reference["source"] not in done]
+    image_settings = Llama4ImageSettings(image_size=settings.config.image_size)
+    if options.checkpoint:
+        image_settings = Llama4ImageSettings.from_hf(options.checkpoint, image_size=settings.config.image_size)
+    image_settings = replace(image_settings, max_tiles=options.max_tiles or image_settings.max_tiles)
+    sizes = (options.tile_budget, options.part_images, options.actors)
+    return Job(todo, settings, options.out, image_settings, *sizes), len(found)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.parser(
+        "python -m experiments.dataset",
+        __doc__,
+        arguments="--images PATTERN --out FOLDER [options]",
+        examples=EXAMPLES,
+        statuses=STATUSES,
+    )
+    parser.add_argument("--images", required=True, help="glob pattern of image files or parquet files, in quotes")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the parquet files")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--checkpoint", type=Path, help="folder with config.json and safetensors")
+    weights.add_argument("--config", choices=CONFIGS, default="scout", help="sizes of random weights (default: scout)")
+    parser.add_argument("--engine", choices=("plain", "ray"), default="plain", help="default: %(default)s")
+    parser.add_argument("--actors", type=cli.positive, default=1, help="encoders, one an accelerator (default: 1)")
+    parser.add_argument(
+        "--max-tiles", type=cli.positive, help="of a canvas (default: the checkpoint's, without one 16)"
+    )
+    parser.add_argument("--tile-budget", type=cli.positive, default=34, help="most tiles a call (default: %(default)s)")
+    parser.add_argument("--part-images", type=cli.positive, default=64, help="images a file (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    parser.add_argument("--compile", action="store_true", help="compile the encoder as one graph")
+    parser.add_argument("--compare", action="store_true", help="compare with the plain loop")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="of --compare, as JSON; where embeddings are equal")
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> EncoderSettings:
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: got {options.device!r}, expected one that PyTorch can use: {error}") from error
+    config = Llama4VisionConfig.from_hf(options.checkpoint) if options.checkpoint else CONFIGS[options.config]()
+    return EncoderSettings(options.checkpoint, config, DTYPES[options.dtype], options.device, options.compile)
+
+
+def _run(engine: str, job: Job) -> Progress:
+    progress = Progress()
+    start = time.perf_counter()
+    with tqdm(total=len(job.todo), unit="image", desc=engine) as bar:
+        for error in ENGINES[engine](job):
+            progress.seconds.append(time.perf_counter() - start)
+            progress.errors += bool(error)
+            bar.update()
+            bar.set_postfix(errors=progress.errors)
+    return progress
+
+
+def _told(engine: str, job: Job, progress: Progress) -> str:
+    rate = progress.rate(job.part_images)
+    after = f"; {rate:.2f} images/s after the first {job.part_images}" if rate is not None else ""
+    return (
+        f"{engine}: {len(progress.seconds)} images in {progress.seconds[-1]:.1f} s, encoders loaded{after}; "
+        f"{progress.errors} have an error"
+    )
+
+
+def _compared(console: Console, options: argparse.Namespace, job: Job, progress: Progress) -> bool:
+    """Encode the same images with the plain loop too; whether both gave the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        beside = replace(job, out=Path(folder))
+        plain = _run("plain", beside)
+        console.print(_told("plain", beside, plain))
+        expected, found = read_embeddings(beside.out), read_embeddings(job.out)
+    worst = max(difference(found[source], embedding) for source, embedding in expected.items())
+    console.print(f"largest relative RMS difference of an image's features: {worst:.1e} (allowed: {ALLOWED:.1e})")
+    if worst <= ALLOWED and options.record is not None:
+        report = _report(options, job, list(expected.values()), {options.engine: progress, "plain loop": plain})
+        cli.write_json(options.record, report | {"largest_difference": worst})
+        console.print(f"wrote {options.record}")
+    return worst <= ALLOWED
+
+
+def _report(
+    options: argparse.Namespace, job: Job, embeddings: Sequence[Embedding], runs: dict[str, Progress]
+) -> dict[str, Any]:
+    canvases = [embedding.high * embedding.wide for embedding in embeddings]
+    return cli.result(
+        "encode_dataset",
+        load_average=[round(load, 2) for load in os.getloadavg()],
+        images=len(embeddings),
+        # A canvas of more than one tile has a global one too.
+        tiles=sum(tiles + (tiles > 1) for tiles in canvases),
+        weights=options.checkpoint.name if options.checkpoint else f"random, {options.config}",
+        settings={
+            name: getattr(options, name)
+            for name in ("actors", "tile_budget", "part_images", "device", "dtype", "compile")
+        }
+        | {"max_tiles": job.image_settings.max_tiles},
+        engines={
+            name: {"seconds": run.seconds[-1], "images_per_second": run.rate(job.part_images), "errors": run.errors}
+            for name, run in runs.items()
+        },
+        allowed_difference=ALLOWED,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

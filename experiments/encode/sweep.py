@@ -1,0 +1,67 @@
+"""The proof that one graph serves batches of every size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
+from vit_encoder import CompilationConfig, whole_graph
+from vit_encoder.compilation import GraphReport
+
+from experiments.common.comparison import ALLOWED_EPS, first_line, relative_error
+from experiments.common.weights import VisionEncoder
+
+
+@dataclass
+class Sweep:
+    """What calls with batches of several sizes saw; `problem` says what was not as it must be.
+
+    Attributes:
+        layers, hidden_size: of the encoder that was called.
+        deviation: largest relative RMS difference between the compiled and the eager features, of those allowed.
+    """
+
+    layers: int
+    hidden_size: int
+    graphs: GraphReport = field(default_factory=GraphReport)
+    deviation: float = 0.0
+    problem: str | None = None
+
+
+@torch.inference_mode()
+def sweep_batches(
+    model: VisionEncoder,
+    batches: Sequence[tuple[str, tuple[Tensor, ...]]],
+    compilation_config: CompilationConfig,
+    sweep: Sweep,
+) -> Sweep:
+    """Call a compiled encoder with each batch in turn, and compare it with itself eager.
+
+    Forgets everything that was compiled before: Dynamo would count it as a recompilation.
+
+    Args:
+        batches: what each is, for a message, and the encoder's inputs.
+        sweep: to be filled, and returned.
+    """
+    torch.compiler.reset()
+    try:
+        with whole_graph() as sweep.graphs:
+            for name, inputs in tqdm(batches, desc="sizes", unit="call", mininterval=1):
+                model.compilation_config = compilation_config
+                compiled = model(*inputs)
+                model.compilation_config = None
+                deviation = relative_error(compiled, model(*inputs).double()).rms
+                limit = 2 * ALLOWED_EPS * torch.finfo(compiled.dtype).eps
+                if not deviation <= limit:
+                    sweep.problem = (
+                        f"with {name} compiled and eager features differ by {deviation:.2g}, "
+                        f"expected at most {limit:.2g}"
+                    )
+                    break
+                sweep.deviation = max(sweep.deviation, deviation)
+    except (RuntimeError, AssertionError) as error:
+        sweep.problem = f"{type(error).__name__}: {first_line(error)}"
+    return sweep

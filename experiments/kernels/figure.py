@@ -1,0 +1,104 @@
+"""The kernel report's figure: default configurations in bf16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.common.roofline import GPUS
+from experiments.kernels.check import Row
+
+COLOURS = {"sm_80": "#8da0b6", "sm_90": "#4c6a92", "sm_100": "#1b3558", "gfx942": "#e69f5c", "gfx950": "#d95f02"}
+PEER = "vLLM prefill attention"
+ATTENTION = "varlen_attention"
+HEAD_DIM = 88
+"""Of Llama 4's vision encoder: the one whose predictions are drawn."""
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Draw the figure into a PNG file; a panel without rows stays empty.
+
+    Args:
+        rows: of the report.
+        path: of the file.
+    """
+    shown = [row for row in rows if row["default"] and row["dtype"] == "bfloat16" and not row["error"]]
+    figure = Figure(figsize=(14, 10), layout="constrained")
+    figure.suptitle(
+        "Kernels as compiled for five targets, bf16, default configurations; nothing was run on a GPU",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+    )
+    (work, loop), (registers, roof) = figure.subplots(2, 2)
+    _draw_work(work, shown)
+    _draw_by_target(loop, shown, "loop_instructions_per_64", "instructions a warp for 64 keys in the main loop")
+    _draw_by_target(registers, shown, "registers", "registers a thread (AMD: VGPRs and AGPRs), and blocks an SM", True)
+    _draw_roofline(roof, shown)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_work(axes: Axes, rows: list[Row]) -> None:
+    """Issued over useful FLOPs by head_dim, one line a kernel."""
+    rows = [row for row in rows if row["flops_issued_over_useful"] and row["target"] == "sm_90"]
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        points = sorted((row["head_dim"], row["flops_issued_over_useful"]) for row in rows if row["kernel"] == kernel)
+        style = "--" if kernel == PEER else "-"
+        axes.plot(*zip(*points, strict=True), style, marker="o", markersize=4, label=kernel)
+    axes.axhline(1, color="black", linewidth=0.6)
+    axes.set_xticks(sorted({row["head_dim"] for row in rows}))
+    axes.set_xlabel("head_dim", fontsize=8)
+    _finish(axes, "matrix FLOPs issued / useful, 577 tokens (blocks for sm_90)")
+
+
+def _draw_by_target(axes: Axes, rows: list[Row], figure: str, title: str, blocks: bool = False) -> None:
+    """A figure of attention's rows as bars, by head_dim and target; the peer's as a line across its bar."""
+    head_dims = sorted({row["head_dim"] for row in rows})
+    width = 0.8 / len(COLOURS)
+    for row in rows:
+        if row["kernel"] not in (ATTENTION, PEER) or row[figure] is None:
+            continue
+        x = head_dims.index(row["head_dim"]) + ([*COLOURS].index(row["target"]) - 2) * width
+        if row["kernel"] == PEER:
+            axes.plot([x - width / 2, x + width / 2], [row[figure]] * 2, color="firebrick", linewidth=2)
+            continue
+        axes.bar(x, row[figure], width, color=COLOURS[row["target"]])
+        if blocks:
+            axes.text(x, row[figure], row["ctas_per_sm"], ha="center", va="bottom", fontsize=7)
+    for target, colour in COLOURS.items():
+        axes.bar(0, 0, color=colour, label=target)
+    if any(row["kernel"] == PEER for row in rows):
+        axes.plot([], [], color="firebrick", linewidth=2, label=PEER)
+    axes.set_xticks(range(len(head_dims)), [str(head_dim) for head_dim in head_dims])
+    axes.set_xlabel("head_dim", fontsize=8)
+    _finish(axes, f"{ATTENTION}: {title}")
+
+
+def _draw_roofline(axes: Axes, rows: list[Row]) -> None:
+    """The model's intervals at one head_dim: a group a kernel, a bar a GPU."""
+    rows = [row for row in rows if row["head_dim"] == HEAD_DIM and row["roofline_us"]]
+    kernels = list(dict.fromkeys(row["kernel"] for row in rows))
+    height = 0.8 / len(GPUS)
+    for row in rows:
+        for gpu, (low, high) in row["roofline_us"].items():
+            y = kernels.index(row["kernel"]) + ([*GPUS].index(gpu) - (len(GPUS) - 1) / 2) * height
+            axes.barh(y, high - low, left=low, height=height, color=COLOURS[row["target"]])
+            axes.text(high, y, f" {gpu}", fontsize=5, va="center")
+    axes.set_yticks(range(len(kernels)), kernels)
+    axes.set_ylim(len(kernels) - 0.4, -0.6)
+    axes.set_xscale("log")
+    axes.set_xlabel("microseconds: 16 tiles of 577 tokens, 16 heads", fontsize=8)
+    _finish(axes, f"head_dim {HEAD_DIM}: a roofline model's interval, not a measurement", legend=False)
+
+
+def _finish(axes: Axes, title: str, legend: bool = True) -> None:
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    if legend and axes.get_legend_handles_labels()[0]:
+        # Room above what is drawn.
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.25 * (high - low))
+        axes.legend(fontsize=7, frameon=False, ncols=3, loc="upper left")

@@ -1,1 +1,0 @@
-"""Every op against its eager form, torch.compile and installed peers: pytest experiments/microbenchmarks."""
