@@ -1,6 +1,7 @@
-"""Write the main job's results into README.md: python scripts/update_readme.py [--check].
+"""Write what experiments measured into the texts: python scripts/update_readme.py [--check].
 
-Replaces what stands between the two markers by a table for each experiments/results/compile_encoder-*.json.
+README.md gets three tables beside peers between its markers, and the figure of them in a light and a dark form;
+experiments/results/README.md the main job's results, a table for each compile_encoder-*.json.
 With --check nothing is written, and the exit status is 1 if something would be.
 """
 
@@ -12,32 +13,126 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from experiments.common import comparison_figure
 from experiments.encode.report import cutting, encoder_text, header, notes, table_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN = "<!-- results: written by scripts/update_readme.py -->"
-END = "<!-- end of results -->"
+RESULTS = ROOT / "experiments" / "results"
+BEGIN = "<!-- comparison: written by scripts/update_readme.py -->"
+END = "<!-- end of comparison -->"
+TILES = 16
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Update or check the README and return the exit status."""
+    """Update or check the texts and the figure, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, report by the exit status")
     options = parser.parse_args(arguments)
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
+    layers, attention, seconds = layer_costs(RESULTS), attention_flops(RESULTS), first_results(RESULTS)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     try:
-        after = with_results(before, results_text(ROOT / "experiments" / "results"))
+        texts = {
+            ROOT / "README.md": between_markers(readme, comparison_text(layers, attention, seconds)),
+            RESULTS / "README.md": results_text(RESULTS),
+        }
     except ValueError as error:
         parser.error(str(error))
-    if not options.check:
-        readme.write_text(after, encoding="utf-8")
-        return 0
-    return int(before != after)
+    texts |= {
+        RESULTS / f"comparison-{theme}.svg": comparison_figure.svg(layers, attention, theme)
+        for theme in comparison_figure.THEMES
+    }
+    old = {path: path.read_text(encoding="utf-8") if path.exists() else None for path in texts}
+    if options.check:
+        return int(old != texts)
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+    return 0
 
 
-def with_results(readme: str, results: str) -> str:
-    """The README's text with the results between its markers.
+def layer_costs(folder: Path) -> dict[str, tuple[float, float]]:
+    """Launches and GB of one compiled layer of Llama 4 at 16 tiles, by encoder."""
+    rows = json.loads((folder / "graph_ledger.json").read_text(encoding="utf-8"))["rows"]
+    shown = {"transformers": "transformers", "ours": "vit-kernels", "ours, fused GELU": "vit-kernels, `fuse_gelu=True`"}
+    return {
+        shown[row["encoder"]]: (row["layer"]["launches"], row["layer"]["bytes"] / 1e9)
+        for name in shown
+        for row in rows
+        if row["encoder"] == name and row["tiles"] == TILES and row["shapes"] == "dynamic"
+    }
+
+
+def attention_flops(folder: Path) -> dict[str, dict[str, float]]:
+    """Matrix FLOPs that attention issues over the useful ones, by workload and implementation."""
+    rows = json.loads((folder / "attention_work.json").read_text(encoding="utf-8"))["rows"]
+    workloads = {
+        "Llama 4, a tile of 577 tokens": "Llama 4, a tile (577 tokens, head_dim 88)",
+        "Qwen2.5-VL, windows of 64 patches": "Qwen2.5-VL, windows (64 patches, head_dim 80)",
+        "Qwen2.5-VL, 74 x 54 patches, all layers": "Qwen2.5-VL, an image of 74 x 54 patches, all layers",
+    }
+    names = {
+        "ours": "vit-kernels",
+        "flash-attn 2": "flash-attn 2",
+        "flash-attn 3": "flash-attn 3",
+        "vLLM's Triton kernel": "vLLM's Triton kernel",
+    }
+    return {
+        shown: {
+            names[row["attention"]]: row["flops_issued_over_useful"]
+            for row in rows
+            if row["workload"] == workload and row["attention"] in names
+        }
+        for workload, shown in workloads.items()
+    }
+
+
+def first_results(folder: Path) -> dict[str, tuple[float, int]]:
+    """Seconds to the first result of Llama 4's 34 layers on a CPU, and graphs, by way of compiling."""
+    rows = json.loads((folder / "compile_ledger-llama4-176.json").read_text(encoding="utf-8"))["rows"]
+    shown = {
+        "transformers": "`torch.compile` of transformers",
+        "plain": "`torch.compile` of our encoder's layers",
+        "ours, cold": "vit-kernels, nothing cached",
+        "ours, warm": "vit-kernels, a new process with the same cache",
+        "load": "vit-kernels, a new process that loads an export",
+    }
+    by_name = {row["name"]: row for row in rows}
+    return {text: (by_name[name]["seconds"], by_name[name]["graphs"]) for name, text in shown.items()}
+
+
+def comparison_text(
+    layers: dict[str, tuple[float, float]],
+    attention: dict[str, dict[str, float]],
+    seconds: dict[str, tuple[float, int]],
+) -> str:
+    """Markdown of the figure and the three tables."""
+    implementations = list(next(iter(attention.values())))
+    base = "experiments/results/comparison"
+    lines = [
+        "<picture>",
+        f'  <source media="(prefers-color-scheme: dark)" srcset="{base}-dark.svg">',
+        f'  <img alt="The tables below as bars" src="{base}-light.svg">',
+        "</picture>",
+        "",
+        f"| one layer of Llama 4, {TILES} tiles, bfloat16: read off the compiled code | launches | GB moved |",
+        "| --- | ---: | ---: |",
+        *(f"| {name} | {launches:g} | {moved:.2f} |" for name, (launches, moved) in layers.items()),
+        "",
+        f"| attention: matrix FLOPs issued over useful | {' | '.join(implementations)} |",
+        f"| --- | {' | '.join(['---:'] * len(implementations))} |",
+        *(
+            f"| {workload} | {' | '.join(f'{ratio:.2f}' for ratio in ratios.values())} |"
+            for workload, ratios in attention.items()
+        ),
+        "",
+        "| seconds to the first result: 34 narrow layers on two CPU cores | seconds |",
+        "| --- | ---: |",
+        *(f"| {name} | {first:.2g} |" for name, (first, _) in seconds.items()),
+    ]
+    return "\n".join(lines)
+
+
+def between_markers(readme: str, text: str) -> str:
+    """The README with the text between its markers.
 
     Raises:
         ValueError: the markers are not there once each.
@@ -45,7 +140,7 @@ def with_results(readme: str, results: str) -> str:
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
         raise ValueError(f"README.md: expected one line {BEGIN!r} and one {END!r}")
     head, _, rest = readme.partition(BEGIN)
-    return f"{head}{BEGIN}\n{results}\n{END}{rest.partition(END)[2]}"
+    return f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}"
 
 
 def results_text(folder: Path) -> str:
@@ -54,7 +149,15 @@ def results_text(folder: Path) -> str:
     Raises:
         ValueError: one of them says that something was wrong.
     """
-    return "\n\n".join(_result_text(path) for path in sorted(folder.glob("compile_encoder-*.json")))
+    intro = (
+        "# Results\n\nThe other files of this folder are what `python -m experiments` lists wrote. Below is the main "
+        "job, `./scripts/run.sh`: a photograph is cut into tiles (Llama 4) or resized to whole patches (Qwen2.5-VL) "
+        "and encoded eagerly, compiled and by transformers, all on the same weights. Each result is first compared "
+        "with an fp64 reference; what is wrong is not timed.\n\n"
+        "On a CPU the encoder is bound by its matrix products, so compiling gains little or nothing there: it is for "
+        "the launches and the memory traffic of a GPU. Written by `scripts/update_readme.py`."
+    )
+    return "\n\n".join([intro, *map(_result_text, sorted(folder.glob("compile_encoder-*.json")))]) + "\n"
 
 
 def _result_text(path: Path) -> str:
@@ -63,10 +166,13 @@ def _result_text(path: Path) -> str:
         raise ValueError(f"{path.name}: got a result that is not right, expected one to be shown")
     columns = header(result)
     table = [columns, ["---"] + ["---:"] * (len(columns) - 1), *table_rows(result)]
+    name = encoder_text(result)
     lines = [
-        f"![The photograph, its features and the comparison]({path.with_suffix('.png').relative_to(ROOT).as_posix()})",
+        f"## {name.partition(':')[0]}",
         "",
-        f"{encoder_text(result)}. {cutting(result).capitalize()}.",
+        f"![The photograph, its features and the comparison]({path.with_suffix('.png').name})",
+        "",
+        f"{name}. {cutting(result).capitalize()}.",
         f"{_measured_on(result['environment'])}.",
         "",
         *(f"| {' | '.join(cells)} |" for cells in table),

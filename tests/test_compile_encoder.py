@@ -299,18 +299,6 @@ def test_a_busy_machine_is_named(load: float, said: bool) -> None:
     assert any("cannot be compared" in note for note in notes(result)) == said
 
 
-def test_the_readme_shows_the_results_that_are_there() -> None:
-    assert update_readme.main(["--check"]) == 0
-
-
-def test_results_go_between_the_markers() -> None:
-    old = f"before\n{update_readme.BEGIN}\nold\n{update_readme.END}\nafter\n"
-    new = f"before\n{update_readme.BEGIN}\nnew\n{update_readme.END}\nafter\n"
-    assert update_readme.with_results(old, "new") == new
-    with pytest.raises(ValueError, match="expected one line"):
-        update_readme.with_results(old + old, "new")
-
-
 def test_a_wrong_result_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vit_encoder.attention.rotary_2d_qkv_", lambda qkv, cos, sin, interleaved: qkv)
     run(tmp_path, code=1)
