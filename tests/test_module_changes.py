@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.parametrize import register_parametrization
@@ -298,6 +299,23 @@ def test_simultaneous_first_calls_of_several_modules_make_one_graph_each() -> No
 
     with compilation_counter.expect(graphs_seen=4, recompiles=0):
         assert in_threads(4, call) == [None] * 4
+
+
+@pytest.mark.parametrize("register", [register_module_forward_pre_hook, register_module_forward_hook])
+@torch.no_grad()
+def test_a_hook_on_all_modules_sees_every_call(register: Any) -> None:
+    """Dynamo guards nothing on these."""
+    module, x = Stack(), torch.randn(5, 8)
+    without = module(x)
+    seen: list[nn.Module] = []
+    handle = register(lambda module, *args: seen.append(module))
+    try:
+        torch.testing.assert_close(module(x), without)
+    finally:
+        handle.remove()
+    assert seen == [module, *module.layers] or seen == [*module.layers, module]
+    with compilation_counter.expect(graphs_seen=0):
+        module(x)
 
 
 def test_a_flop_counter_sees_every_op() -> None:

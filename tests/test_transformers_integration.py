@@ -241,6 +241,19 @@ def test_compile_takes_a_configuration_and_can_be_changed(model: Any) -> None:
         torch.testing.assert_close(features(model.vision_model), expected)
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_layer_is_traced_once_for_all(model: Any) -> None:
+    targets: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    apply_to_llama4(model, compile=CompilationConfig(compile_mm_encoder=True, backend=backend))
+    features(model.vision_model)
+    assert targets.count("invoke_subgraph") == len(model.vision_model.model.layers)
+
+
 @pytest.mark.parametrize("option", ["output_hidden_states", "output_attentions"])
 def test_what_our_encoder_does_not_keep_is_refused(model: Any, option: str) -> None:
     apply_to_llama4(model)

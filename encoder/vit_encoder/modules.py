@@ -15,6 +15,9 @@ from vit_encoder.compilation.thread_state import tracing
 # Names, as importing the latter two loads much of torch: they stand for a plain parameter while it is traced.
 _PLAIN = ("Parameter", "Tensor", "FakeTensor", "FunctionalTensor")
 
+# What every module has and no forward reads, and what a layer of an encoder may have for itself.
+_UNREAD = {*vars(nn.Module()), "index", "forward", "plain_parts", "aliased_parts"} - {"training"}
+
 
 def can_nest_regions(layer: Any) -> bool:
     """Whether a layer may be a nested region of the graph being traced.
@@ -38,14 +41,14 @@ def has_plain_parts(layer: nn.Module) -> bool:
 
     That is a weight which wraps others (quantised or sharded); a module with a hook or a forward of its own, which may
     keep what it sees, or swap weights; and a module of a class of others (an adapter, a parametrisation), for which
-    torch 2.13 would reuse the region of a layer that has none.
+    torch 2.13 would reuse the region of a layer that has none. The layer's own forward is around its region.
     """
     known = ("vit_encoder.", "torch.nn.modules.", "transformers.", "vllm.")
     if not all(type(module).__module__.startswith(known) for module in layer.modules()):
         return False
-    return not any(has_hooks(module) or "forward" in module.__dict__ for module in layer.modules()) and not any(
-        hasattr(type(parameter), "__tensor_flatten__") for parameter in layer.parameters()
-    )
+    if any(has_hooks(module) or ("forward" in vars(module) and module is not layer) for module in layer.modules()):
+        return False
+    return not any(hasattr(type(parameter), "__tensor_flatten__") for parameter in layer.parameters())
 
 
 def has_aliased_parts(layer: nn.Module) -> bool:
@@ -54,10 +57,37 @@ def has_aliased_parts(layer: nn.Module) -> bool:
 
 
 def prepare_layers(layers: nn.ModuleList) -> None:
-    """Note of each layer what `can_nest_regions` asks."""
+    """Note of each layer what `can_nest_regions` asks.
+
+    Under `frozen_parameters` a region is also none where it is not what the first one of its kind is, which torch would
+    call in its place.
+    """
+    firsts: dict[Any, Any] = {}
     for layer in layers:
-        layer.plain_parts = has_plain_parts(layer)  # type: ignore[assignment]
+        plain = has_plain_parts(layer)
+        if plain and tracing.frozen:
+            held = _held(layer)
+            plain = firsts.setdefault(getattr(layer, "full", None), held) == held
+        layer.plain_parts = plain  # type: ignore[assignment]
         layer.aliased_parts = has_aliased_parts(layer)  # type: ignore[assignment]
+
+
+def _held(layer: nn.Module) -> list[Any]:
+    """What two layers have in common whose regions are the same code: modules, attributes, which tensors are one."""
+    places: dict[Tensor | None, int] = {}
+    held = []
+    for path, module in layer.named_modules(remove_duplicate=False):
+        tensors = {
+            name: (places.setdefault(x, len(places)), None if x is None else (x.dtype, x.shape))
+            for name, x in (module._parameters | module._buffers).items()
+        }
+        attributes = {
+            name: repr(value) if isinstance(value, bool | int | float | str | tuple | None) else id(value)
+            for name, value in vars(module).items()
+            if name not in _UNREAD
+        }
+        held.append((path, type(module), tensors, attributes))
+    return held
 
 
 def guarded_layer_by_layer(results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from vit_encoder.compilation.compiled_module import CompiledModule
@@ -68,7 +69,8 @@ def support_torch_compile(
     dtype, rank, device, grad mode or `force_impl`, and parameters of another shape, compile another graph. A module's
     method `validate_inputs`, if it has one, sees the arguments first: an exception raised inside a graph would reach
     the caller as a failure of Dynamo. Its method `prepare_compilation`, and that of a part, is
-    called before each compilation. Under a TorchDispatchMode that sees every op (a flop counter) the call is eager.
+    called before each compilation. Under a TorchDispatchMode that sees every op (a flop counter), and while a hook on
+    all modules of the process is registered (`register_module_forward_hook`), the call is eager.
     Subclasses inherit all this; `ignore_torch_compile` opts out.
     Source: vLLM's `compilation/decorators.py` and its pull request 30709.
 
@@ -220,7 +222,11 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _is_watched() -> bool:
-    """Whether a dispatch mode wants to see every op, as a counter of flops does: Dynamo compiles nothing then."""
+    """Whether a hook wants to see every module, which Dynamo does not guard, or a dispatch mode every op, as a counter
+    of flops does: under that Dynamo compiles nothing.
+    """
+    if _has_any_global_hook():
+        return True
     if not torch._C._len_torch_dispatch_stack():
         return False
     modes = _get_current_dispatch_mode_stack()
