@@ -52,6 +52,7 @@ def batch(grids: list[list[int]], seed: int = 0) -> tuple[Tensor, Tensor]:
     return patches(CONFIG, grid_thw, seed), grid_thw
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dynamic_shapes", ["unbacked", "backed_size_oblivious"])
 @pytest.mark.parametrize("first", [ONE_UNIT, [[2, 12, 6], [1, 4, 4]]])
 def test_one_graph_for_all_sizes(dynamic_shapes: str, first: list[list[int]]) -> None:

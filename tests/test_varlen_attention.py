@@ -142,6 +142,7 @@ def self_attention(
     return Case(q, k, v, boundaries(lengths), None, ())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("form", "dtypes_of_form"), EVERY_FORM_AND_DTYPE)
 @given(data=st.data(), scale=st.none() | st.floats(0.01, 0.5))
 def test_matches_the_reference(

@@ -38,6 +38,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dynamic_shapes", ["unbacked", "backed_size_oblivious"])
 @pytest.mark.parametrize("first", [1, 2, 17])
 def test_one_graph_for_every_tile_count(dynamic_shapes: str, first: int) -> None:
