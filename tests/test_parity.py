@@ -25,6 +25,8 @@ from vit_encoder.llama4.checkpoint import to_hf_tensors, vision_tensors
 
 from experiments.peers import transformers_vision_model
 
+pytestmark = pytest.mark.costly
+
 DTYPES = [torch.float32, torch.bfloat16]
 COMPILED = CompilationConfig(compile_mm_encoder=True)
 

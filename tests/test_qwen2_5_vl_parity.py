@@ -16,6 +16,8 @@ from vit_encoder.qwen2_5_vl import reference_forward
 from experiments.peers import transformers_qwen2_5_vl
 from tests.qwen2_5_vl_batches import encoder, grids, patches
 
+pytestmark = pytest.mark.costly
+
 DTYPES = [torch.float32, torch.bfloat16]
 COMPILED = CompilationConfig(compile_mm_encoder=True)
 

@@ -23,7 +23,7 @@ from vit_encoder.qwen2_5_vl import VisionMetadata, reference_forward, vision_met
 
 from tests.qwen2_5_vl_batches import encoder, patches, relative_error
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [pytest.mark.costly, pytest.mark.usefixtures("fresh_dynamo")]
 
 CONFIG = dataclasses.replace(Qwen2_5_VLVisionConfig.tiny(), patch_size=4, window_size=32)
 ONE_UNIT = [[1, 2, 2]]

@@ -38,6 +38,8 @@ from vit_kernels.testing.strategies import (
 
 from tests.support import EVERY_FORM_AND_DTYPE, FORMS, IMPLEMENTATIONS, assert_same_bits, dtypes_of, launched_on, run
 
+pytestmark = pytest.mark.costly
+
 BOUNDARY_LENGTHS = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
 INT32 = torch.iinfo(torch.int32)
 

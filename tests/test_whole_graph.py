@@ -13,7 +13,7 @@ from vit_encoder import CompilationConfig, Llama4VisionConfig, Llama4VisionModel
 from vit_encoder.llama4 import initialise_, reference_forward
 from vit_kernels import force_impl
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [pytest.mark.costly, pytest.mark.usefixtures("fresh_dynamo")]
 
 CONFIG = Llama4VisionConfig.tiny()
 TILE_COUNTS = (1, 17, 2, 9, 33, 3, 16, 1)
