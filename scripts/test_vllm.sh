@@ -19,7 +19,8 @@ Usage: ./scripts/test_vllm.sh [--set-up-only] [pytest arguments]
 
 Runs the tests of the vLLM plugin on a tiny random Llama 4 and Qwen2.5-VL in the real engine, $VLLM, and
 those of the batch encoder with $RAY. Their virtual environment is .venv-vllm, made at the first call (about 3
-minutes, 4 GB). No GPU is needed. About 11 minutes on 2 cores.
+minutes, 4 GB). No GPU is needed. About 11 minutes on 2 cores. Arguments that name no file, such as -q or -k, keep
+this list of tests; those that name one replace it.
 
   --set-up-only  only make the environment, for experiments.vllm and experiments.dataset
 USAGE
@@ -83,6 +84,9 @@ ensure_environment
 
 cd "$PROJECT_ROOT"
 export HYPOTHESIS_PROFILE="${HYPOTHESIS_PROFILE:-ci}"
-[ "$#" -gt 0 ] || set -- tests/test_vllm_engine.py tests/test_vllm_qwen2_5_vl.py tests/test_vllm_workers.py \
-  tests/test_vllm_layers.py tests/test_vllm_plugin.py tests/test_encode_dataset.py
-exec "$VENV_PYTHON" -m pytest -p no:cacheprovider "$@"
+# As pytest's testpaths, which count where the arguments name no file. `**` finds them in any folder of tests.
+TESTS=""
+for name in vllm_engine vllm_qwen2_5_vl vllm_workers vllm_layers vllm_plugin encode_dataset; do
+  TESTS="$TESTS tests/**/test_$name.py"
+done
+exec "$VENV_PYTHON" -m pytest -p no:cacheprovider -o "testpaths=$TESTS" "$@"

@@ -1,9 +1,14 @@
-"""What every test relies on: interpreted kernels, Hypothesis profiles, one thread, and torchvision beside any torch."""
+"""What every test relies on: interpreted kernels, Hypothesis profiles, one thread, workers that do not meet, and
+torchvision beside any torch.
+"""
 
 import os
 
+from tests import workers
+
 # Read when triton is imported, so before anything imports it. TRITON_INTERPRET=0 runs the tests marked `cuda`.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.update(workers.own_caches())
 
 from collections.abc import Iterator
 
@@ -15,6 +20,7 @@ from experiments.common.peers import allow_torchvision_beside_cpu_torch
 
 # Deterministic, so that a red run is red again; no deadline, because a first example compiles.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, print_blob=True, database=None)
+settings.register_profile("quick", settings.get_profile("ci"), max_examples=3)
 settings.register_profile("thorough", deadline=None, max_examples=200, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
@@ -31,6 +37,20 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The workers of `-n auto`, as scripts/test.sh asks for."""
+    in_process = bool(config.getoption("trace") or config.getoption("capture") == "no")
+    return workers.worker_count(
+        cores=workers.cores(), memory=workers.memory(), files=config.args, in_process=in_process
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files marked `costly` first: a worker that begins one last would have the others wait."""
+    items.sort(key=lambda item: item.get_closest_marker("costly") is None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

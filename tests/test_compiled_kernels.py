@@ -1,14 +1,25 @@
 """What the compilers make of the kernels for five GPUs that are not there: nothing here is run or timed."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+from experiments.kernel_compilation import Case, cases_of
+from experiments.kernel_regressions import read_report, regressions, triton_version
+from experiments.kernel_report import COMMITTED, make_rows
+from experiments.kernel_table import DTYPES, HEAD_DIMS, OURS
+
+from tests.workers import cores
+
+pytestmark = pytest.mark.costly
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 
@@ -28,8 +39,8 @@ SCRIPT = """
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     def attention(target, head_dim, dtype, first=0):
-        packed = meta(1154 * 6 * head_dim + first, dtype=dtype)[first:]
-        q, k, v = packed.view(1154, 3, 2, head_dim).unbind(1)
+        packed = meta(1154 * 48 * head_dim + first, dtype=dtype)[first:]
+        q, k, v = packed.view(1154, 3, 16, head_dim).unbind(1)
         cu_seqlens = meta(3, dtype=torch.int32)
         return compile_launch(target, varlen_attention.launch, q, k, v, cu_seqlens, cu_seqlens, 0.1)
 
@@ -96,10 +107,39 @@ SCRIPT = """
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
+def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both the committed figures and the reports below are judged by what is compiled into it, each kernel once."""
+    return tmp_path_factory.mktemp("triton")
+
+
+def worse_than_committed(cases: list[Case], triton_cache: Path) -> list[str]:
+    """Figures of these cases, made now, that are worse than in the committed report."""
+    committed = read_report(COMMITTED)
+    if triton_version(committed) != (here := metadata.version("triton")):
+        pytest.skip(f"the committed figures are of triton {triton_version(committed)}, this is {here}")
+    with mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(triton_cache)):
+        return regressions(committed["rows"], make_rows(cases, jobs=cores()))
+
+
+# First, because it compiles on every core.
+def test_no_figure_of_a_default_configuration_got_worse(triton_cache: Path) -> None:
+    attention = cases_of(OURS[0], ["bfloat16"], HEAD_DIMS, TARGETS, defaults_only=True)
+    exact = cases_of(OURS[0], ["float32"], [88], TARGETS, defaults_only=True)
+    others = [cases_of(kernel, ["bfloat16"], [88], TARGETS, defaults_only=True) for kernel in OURS[1:]]
+    assert worse_than_committed([*attention, *exact, *itertools.chain(*others)], triton_cache) == []
+
+
+@pytest.mark.thorough
+def test_no_figure_of_any_configuration_got_worse(triton_cache: Path) -> None:
+    everything = [case for kernel in OURS for case in cases_of(kernel, DTYPES, HEAD_DIMS, TARGETS, defaults_only=False)]
+    assert worse_than_committed(everything, triton_cache) == []
+
+
+@pytest.fixture(scope="module")
+def reports(triton_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
     """One report for each target and kernel, from a process that compiles instead of interpreting."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["TRITON_CACHE_DIR"] = str(triton_cache)
     script: Path = tmp_path_factory.mktemp("script") / "compile_kernels.py"
     script.write_text(textwrap.dedent(SCRIPT))
     result = subprocess.run(

@@ -30,6 +30,8 @@ from vit_encoder.initialise import initialise_
 
 from tests.support import assert_same_bits
 
+pytestmark = pytest.mark.costly
+
 CONFIG = replace(Llama4VisionConfig.tiny(), num_hidden_layers=2)
 TILES = (1, 17, 2, 33)
 

@@ -30,6 +30,8 @@ from vit_encoder.qwen2_5_vl import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel
 
 from tests.qwen2_5_vl_batches import patches, relative_error
 
+pytestmark = pytest.mark.costly
+
 GRID = torch.tensor([[1, 8, 12], [2, 4, 4]])
 COMPILED = CompilationConfig(compile_mm_encoder=True, backend="aot_eager")
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[1]
 SOURCE_ROOTS = {"vit_kernels": ROOT / "kernels", "vit_encoder": ROOT / "encoder", "experiments": ROOT}
 NOT_OPS = {"reference", "testing", "inspection"}

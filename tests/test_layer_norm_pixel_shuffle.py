@@ -54,6 +54,7 @@ def in_pytorch(x: Tensor, weight: Tensor, bias: Tensor, *grid: Any, eps: float =
     return pixel_shuffle_reference(F.layer_norm(x, x.shape[-1:], weight, bias, eps), *grid)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("form", "dtypes_of_form"), EVERY_FORM_AND_DTYPE)
 @given(data=st.data(), eps=st.sampled_from([1e-5, 1e-2]))
 def test_matches_the_reference(
@@ -123,6 +124,7 @@ def test_one_read_and_one_write_and_no_copy_of_a_sliced_class_token(
     assert counts.bytes_stored == x.numel() * x.itemsize
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("form", FORMS)
 @given(data=st.data())
 def test_gradients_are_autograds(form: str, data: st.DataObject) -> None:

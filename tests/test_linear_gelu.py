@@ -58,6 +58,7 @@ def in_pytorch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.linear(x, weight, bias))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("form", "dtypes_of_form"), EVERY_FORM_AND_DTYPE)
 @given(data=st.data())
 def test_matches_the_reference(form: str, dtypes_of_form: st.SearchStrategy[torch.dtype], data: st.DataObject) -> None:
@@ -150,6 +151,7 @@ def test_reads_no_copy_and_writes_the_output_once(tokens: int, dtype: torch.dtyp
     assert counts.bytes_stored == tokens * 70 * x.itemsize
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("form", FORMS)
 @given(data=st.data())
 def test_gradients_are_autograds(form: str, data: st.DataObject) -> None:

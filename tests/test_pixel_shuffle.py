@@ -42,6 +42,7 @@ def cases(draw: st.DrawFn, dtype: torch.dtype) -> Case:
     return Case(draw(strided_tensors((tiles, height * width, channels), dtype)), height, width, factor)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("form", "dtypes_of_form"), EVERY_FORM_AND_DTYPE)
 @given(data=st.data())
 def test_matches_the_reference(form: str, dtypes_of_form: st.SearchStrategy[torch.dtype], data: st.DataObject) -> None:
@@ -70,6 +71,7 @@ def test_is_a_bijection(form: str, dtype: torch.dtype, tiles: int, rows: int, co
     torch.testing.assert_close(bits(out).flatten().sort().values, bits(x).flatten(), rtol=0, atol=0)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("form", FORMS)
 @given(data=st.data())
 def test_the_backward_is_the_inverse(form: str, data: st.DataObject) -> None:

@@ -16,6 +16,8 @@ from vit_encoder.qwen2_5_vl import reference_forward
 from experiments.common.peers import transformers_qwen2_5_vl
 from tests.qwen2_5_vl_batches import encoder, grids, patches
 
+pytestmark = pytest.mark.costly
+
 DTYPES = [torch.float32, torch.bfloat16]
 COMPILED = CompilationConfig(compile_mm_encoder=True)
 
@@ -74,6 +76,7 @@ def alone_and_among_others(
     return [(patches(config, grids, seed, dtype), grids) for grids in (grid_thw, many)]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(config=configs(), grid_thw=grids(), seed=st.integers(0, 2**32 - 1))
 def test_eager(dtype: torch.dtype, config: Qwen2_5_VLVisionConfig, grid_thw: Tensor, seed: int) -> None:
@@ -81,10 +84,11 @@ def test_eager(dtype: torch.dtype, config: Qwen2_5_VLVisionConfig, grid_thw: Ten
     assert_as_exact_as_transformers(model, *alone_and_among_others(config, grid_thw, seed, dtype))
 
 
+@pytest.mark.quick
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("dtype", DTYPES)
 # Each example is compiled by Inductor: 2 in the profile `ci`, 16 in `thorough`.
-@settings(max_examples=settings().max_examples // 12, phases=[Phase.generate])
+@settings(max_examples=max(1, settings().max_examples // 12), phases=[Phase.generate])
 @given(config=configs(), images=st.lists(grids(), min_size=2, max_size=2), seed=st.integers(0, 2**32 - 1))
 def test_compiled(dtype: torch.dtype, config: Qwen2_5_VLVisionConfig, images: list[Tensor], seed: int) -> None:
     torch._dynamo.reset()

@@ -23,7 +23,7 @@ from vit_encoder.qwen2_5_vl import VisionMetadata, reference_forward, vision_met
 
 from tests.qwen2_5_vl_batches import encoder, patches, relative_error
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [pytest.mark.costly, pytest.mark.usefixtures("fresh_dynamo")]
 
 CONFIG = dataclasses.replace(Qwen2_5_VLVisionConfig.tiny(), patch_size=4, window_size=32)
 ONE_UNIT = [[1, 2, 2]]
@@ -52,6 +52,7 @@ def batch(grids: list[list[int]], seed: int = 0) -> tuple[Tensor, Tensor]:
     return patches(CONFIG, grid_thw, seed), grid_thw
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dynamic_shapes", ["unbacked", "backed_size_oblivious"])
 @pytest.mark.parametrize("first", [ONE_UNIT, [[2, 12, 6], [1, 4, 4]]])
 def test_one_graph_for_all_sizes(dynamic_shapes: str, first: list[list[int]]) -> None:

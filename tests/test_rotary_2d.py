@@ -81,6 +81,7 @@ def assert_right(out: Pair, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inte
     assert_close_to_reference(flat(out), flat(expected), flat(pytorch))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("form", "dtypes_of_form"), EVERY_FORM_AND_DTYPE)
 @given(data=st.data(), interleaved=st.booleans())
 def test_matches_the_reference(
@@ -271,6 +272,7 @@ def test_q_and_k_may_be_separate_graph_inputs_of_unknown_sizes(form: str) -> Non
     assert counter.frame_count == 1
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("form", FORMS)
 @given(data=st.data(), interleaved=st.booleans())
 def test_the_backward_of_the_op_is_autograds(form: str, data: st.DataObject, interleaved: bool) -> None:

@@ -50,6 +50,7 @@ def cases(draw: st.DrawFn, dtype: torch.dtype) -> Case:
     return Case(padded.tensor, kv_heads, cos, sin, padded)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("form", "dtypes_of_form"), EVERY_FORM_AND_DTYPE)
 @given(data=st.data(), interleaved=st.booleans())
 def test_matches_the_reference(

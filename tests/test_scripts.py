@@ -22,6 +22,8 @@ STEPS = {
     "-c import torch": "import what was installed",
 }
 
+WORKERS = ["-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]
+
 # Stands for python3 and for the python of the venv it makes: notes each call, fails on the one that FAIL begins,
 # and reports how a job was started. What computes the fingerprint and checks versions is run by a real Python.
 STUB = f"""#!/usr/bin/env bash
@@ -32,6 +34,7 @@ case "$*" in
   "-m pip --version") ;;
   "-m pip install "*) echo "what pip says in $PWD"; sleep "${{INSTALL_SECONDS:-0}}" ;;
   "-c import torch"*) ;;
+  "-m ruff"*) ;;
   *experiments.encode* | "-m pytest"*)
     printf '%s\\n' "cwd=$PWD" "path=$PYTHONPATH" "profile=$HYPOTHESIS_PROFILE" "threads=$OMP_NUM_THREADS" "$@" ;;
   *) exec '{sys.executable}' "$@" ;;
@@ -219,7 +222,33 @@ def test_the_tests_run_in_the_project_with_the_profile_and_one_thread(
     done = project.run(*arguments, script=reach(project.root / "scripts/test.sh"), cwd=tmp_path)
     lines = done.stdout.splitlines()
     assert lines[0] == f"cwd={project.root}"
-    assert lines[2:] == ["profile=ci", "threads=1", "-m", "pytest", *arguments]
+    assert lines[2:] == ["profile=ci", "threads=1", "-m", "pytest", *WORKERS, *arguments]
+
+
+@pytest.mark.parametrize("off", [["-p", "no:xdist"], ["-pno:xdist"]])
+def test_options_of_the_workers_are_left_out_where_the_plugin_is_off(project: Project, off: list[str]) -> None:
+    done = project.run("-x", *off, script="scripts/test.sh")
+    assert done.stdout.splitlines()[4:] == ["-m", "pytest", "-x", *off]
+
+
+def test_the_quick_run_is_the_linter_the_formatter_and_the_tests_marked_quick(project: Project) -> None:
+    done = project.run("--quick", "-x", script="scripts/test.sh")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[2:] == ["profile=quick", "threads=1", "-m", "pytest", *WORKERS, "-m", "quick", "-x"]
+    calls = project.calls_file.read_text().splitlines()
+    assert [call for call in calls if "ruff" in call] == ["-m ruff check", "-m ruff format --check"]
+
+
+@pytest.mark.parametrize("call", ["-m ruff check", "-m ruff format", "-m pytest"])
+def test_the_quick_run_fails_where_a_part_of_it_fails(project: Project, call: str) -> None:
+    assert project.run("--quick", script="scripts/test.sh", FAIL=call).returncode == 7
+
+
+def test_the_help_of_the_tests_makes_nothing(project: Project) -> None:
+    shown = project.run("--help", script="scripts/test.sh")
+    assert shown.returncode == 0
+    assert "--quick" in shown.stdout
+    assert project.steps() == []
 
 
 def test_the_profile_and_threads_of_the_caller_are_kept(project: Project) -> None:
@@ -263,7 +292,9 @@ def test_the_shell_scripts_pass_shellcheck() -> None:
 
 
 def test_the_hypothesis_profile_is_the_one_asked_for() -> None:
-    examples, derandomized = {"ci": (25, True), "thorough": (200, False)}[os.environ.get("HYPOTHESIS_PROFILE", "ci")]
+    examples, derandomized = {"ci": (25, True), "quick": (3, True), "thorough": (200, False)}[
+        os.environ.get("HYPOTHESIS_PROFILE", "ci")
+    ]
     profile = settings()
     assert (profile.max_examples, profile.derandomize, profile.deadline) == (examples, derandomized, None)
 

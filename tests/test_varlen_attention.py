@@ -38,6 +38,8 @@ from vit_kernels.testing.strategies import (
 
 from tests.support import EVERY_FORM_AND_DTYPE, FORMS, IMPLEMENTATIONS, assert_same_bits, dtypes_of, launched_on, run
 
+pytestmark = pytest.mark.costly
+
 BOUNDARY_LENGTHS = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
 INT32 = torch.iinfo(torch.int32)
 
@@ -142,6 +144,7 @@ def self_attention(
     return Case(q, k, v, boundaries(lengths), None, ())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("form", "dtypes_of_form"), EVERY_FORM_AND_DTYPE)
 @given(data=st.data(), scale=st.none() | st.floats(0.01, 0.5))
 def test_matches_the_reference(

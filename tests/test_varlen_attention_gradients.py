@@ -96,6 +96,7 @@ def assert_gradients_match(form: str, data: st.DataObject, scale: float | None) 
         assert not x[end:].any(), "tokens of no sequence"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("form", IMPLEMENTATIONS)
 @given(data=st.data(), scale=st.none() | st.floats(0.01, 0.5))
 def test_matches_fp64(form: str, data: st.DataObject, scale: float | None) -> None:

