@@ -12,11 +12,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from experiments.kernel_compilation import Case, cases_of
-from experiments.kernel_regressions import read_report, regressions, triton_version
-from experiments.kernel_report import COMMITTED, make_rows
-from experiments.kernel_table import DTYPES, HEAD_DIMS, OURS
 
+from experiments.kernels.__main__ import COMMITTED, make_rows
+from experiments.kernels.check import read_report, regressions, triton_version
+from experiments.kernels.compile import Case, cases_of
+from experiments.kernels.registry import DTYPES, HEAD_DIMS, OURS
 from tests.workers import cores
 
 pytestmark = pytest.mark.costly
