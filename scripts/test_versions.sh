@@ -64,14 +64,14 @@ install_project() {
 
 # Every test of a kernel or of what compiles it; those that need the encoder too stay out.
 kernel_tests() {
-  grep -lE '^ *(from|import) vit_kernels' tests/test_*.py | xargs grep -LE '^ *(from|import) vit_encoder' |
+  grep -lE '^ *(from|import) vit_kernels' tests/*/test_*.py | xargs grep -LE '^ *(from|import) vit_encoder' |
     grep -v test_kernel_report
 }
 
 # tests_of NAME: the files of the tests that its versions concern.
 tests_of() {
   case "$1" in
-    transformers-*) ls tests/test_transformers_*.py ;;
+    transformers-*) ls tests/integrations/test_transformers_*.py ;;
     *) kernel_tests ;;
   esac
 }

@@ -1,0 +1,99 @@
+"""Runs of the real vLLM for its tests: what each reported, made when it is first asked for.
+
+Every run is a process of its own, and all share one cache folder; the tests look at its report (see
+`tests/integrations/vllm_engine.py`).
+"""
+
+import atexit
+import functools
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.vllm.tiny_llama4 import make_tiny_llama4
+from experiments.vllm.variants import Variant, environment
+from tests.encoder.tiny_qwen2_5_vl import make_tiny_qwen2_5_vl
+
+ROOT = Path(__file__).parents[2]
+MODELS = {"llama4": make_tiny_llama4, "qwen2_5_vl": make_tiny_qwen2_5_vl}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the engine.
+
+    Args:
+        mode, compiled: the variant.
+        family: of the checkpoint.
+        workers: processes of tensor parallelism.
+        encoder_data: the encoder is not sharded; its images are.
+        in_process: the engine core is in the process that asks it, and a single worker too.
+    """
+
+    mode: str
+    compiled: bool
+    family: str = "llama4"
+    workers: int = 1
+    encoder_data: bool = False
+    in_process: bool = True
+
+    @property
+    def key(self) -> str:
+        layout = f"{self.workers}-workers" + "-encoder-data" * self.encoder_data + "-in-process" * self.in_process
+        return f"{self.family}-{Variant(self.mode, self.compiled).key}-{layout}"
+
+    @property
+    def arguments(self) -> list[str]:
+        flags = ["--compiled"] * self.compiled + ["--encoder-data"] * self.encoder_data
+        return ["--workers", str(self.workers), *flags]
+
+
+@functools.cache
+def reported(run: Run) -> dict[str, Any]:
+    """What a run reported of each case and of the engine; `log` is what its processes printed."""
+    out = _folder() / f"{run.key}.json"
+    command = [sys.executable, "-m", "tests.integrations.vllm_engine", run.family, str(_model(run.family)), str(out)]
+    variables = environment(Variant(run.mode, run.compiled), _folder() / "cache")
+    variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not run.in_process))
+    done = subprocess.run(
+        [*command, *run.arguments], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    report: dict[str, Any] = json.loads(out.read_text())
+    return report | {"log": done.stdout + done.stderr}
+
+
+@functools.cache
+def _model(family: str) -> Path:
+    folder = _folder() / family
+    MODELS[family](folder)
+    return folder
+
+
+@functools.cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    return folder
+
+
+def assert_same_text(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """The same tokens, and their log-probabilities to 1e-4."""
+    assert "error" not in ours, ours
+    assert ours["prompt_tokens"] == theirs["prompt_tokens"]
+    assert ours["tokens"] == theirs["tokens"]
+    assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-4)
+
+
+def assert_said_once(log: str, mode: str) -> None:
+    """One line of all the processes, and the one of this mode."""
+    (line,) = [line for line in log.splitlines() if "VIT_KERNELS_VLLM=" in line]
+    told = "vit_kernels is installed and off" if mode == "off" else f"VIT_KERNELS_VLLM={mode}: the vision part of"
+    assert told in line
