@@ -1,8 +1,8 @@
 """One run of the real engine in a process of its own: what it generated, and what ran inside it, as JSON.
 
 `python -m tests.integrations.vllm_engine FAMILY MODEL OUT [--compiled] [--workers N] [--encoder-data]`; the environment
-chooses the variant (VIT_KERNELS_VLLM), and whether the engine is in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), so that the
-graphs of its worker can be seen.
+chooses the variant (VIT_KERNELS_VLLM), and whether the engine is in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), so
+that the graphs of its worker can be seen.
 """
 
 import argparse
