@@ -20,7 +20,7 @@ install(_FOLDER)
 with mock.patch("torch.cuda.get_device_capability", torch.cuda.get_device_capability if _ON_GPU else lambda _: (8, 0)):
     _suite = load_file(
         "flash_attn_tests",
-        _FOLDER / "tests/kernels/test_flash_attn.py",
+        _FOLDER / "tests/test_flash_attn.py",
         {} if _ON_GPU else {'device = "cuda"': 'device = "cpu"'},
     )
 

@@ -269,7 +269,7 @@ def test_a_suite_runs_on_the_shim_with_what_is_ours_and_its_outcomes_are_kept(tm
     checkout = tmp_path / "a checkout"
     (checkout / "tests").mkdir(parents=True)
     (checkout / "flash_attn").mkdir()
-    (checkout / "tests/kernels/test_flash_attn.py").write_text(FLASH_TESTS)
+    (checkout / "tests/test_flash_attn.py").write_text(FLASH_TESTS)
     (checkout / "flash_attn/bert_padding.py").write_text("def pad_input(): pass\n")
     out = tmp_path / "outcomes.json"
     command = [sys.executable, "-m", "pytest", "-c", str(PEERS / "pytest.ini"), str(PEERS / "flash_attn_varlen.py")]

@@ -17,7 +17,7 @@ def assert_close_to_reference(
     - the RMS error is at most 2 x the RMS error of PyTorch, plus the RMS of the roundings.
 
     Where the expectation is NaN, or overflows the dtype, `actual` must be NaN or the same infinity, and nowhere else.
-    The factor of 2 is flash-attention's (Dao-AILab/flash-attention, tests/kernels/test_flash_attn.py).
+    The factor of 2 is flash-attention's (Dao-AILab/flash-attention, tests/test_flash_attn.py).
 
     Args:
         actual: any shape, a floating dtype: the result to judge.
