@@ -120,4 +120,4 @@ def test_what_fails_is_told_by_the_exit_status(project: Path, variables: dict[st
 def test_the_report_can_be_left_out(project: Path) -> None:
     finished, calls = run_with_stub(project, "triton-3.6", "--no-report")
     assert finished.returncode == 0
-    assert "experiments" not in calls
+    assert "-m experiments" not in calls
