@@ -432,7 +432,12 @@ def another_activation(vision: Any) -> None:
     vision.model.layers[1].mlp.activation_fn = nn.SiLU()
 
 
-@pytest.mark.parametrize("change", [weight_norm, prune, drop_a_bias, quantise, another_activation])
+def another_forward(vision: Any) -> None:
+    forward = vision.model.layers[1].forward
+    vision.model.layers[1].forward = lambda *args, **kwargs: 2 * forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("change", [weight_norm, prune, drop_a_bias, quantise, another_activation, another_forward])
 @pytest.mark.parametrize("later", [False, True], ids=["before", "later"])
 def test_what_is_bypassed_must_be_what_transformers_makes(model: Any, change: Any, later: bool) -> None:
     if later:

@@ -40,8 +40,8 @@ def apply_to_llama4(model: nn.Module, *, compile: bool | CompilationConfig = Fal
 
     Raises:
         TypeError: another model, or a module of which we take the weights without calling it and that is not what
-            transformers makes: a projection that is quantised or has an adapter, layers taken out or wrapped. At a call
-            also, when it was put in since.
+            transformers makes: a projection that is quantised or has an adapter, layers taken out or wrapped, a forward
+            of its own. At a call also, when it was put in since.
         ValueError: weights that are not loaded, on several devices or shared by projections, or a configuration that
             `Llama4VisionConfig.from_hf` refuses. At a call also: hidden states or attention weights asked of the vision
             model, or dropout in training, of which our encoder has none.

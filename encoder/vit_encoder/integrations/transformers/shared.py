@@ -39,9 +39,11 @@ class SharedForward:
     @torch.compiler.disable(reason="a parameter's address is no part of a graph")
     def follow(self) -> None:
         """Take over what was moved, cast or replaced in the vision model since; a look at it all takes microseconds."""
-        if not all(entries.get(name) is thing for entries, name, thing in self.seen) or self.addresses != [
-            tensor.data_ptr() for tensor in self.packed_tensors
-        ]:
+        if (
+            not all(entries.get(name) is thing for entries, name, thing in self.seen)
+            or not all(module.__dict__.get("forward") is forward for module, forward in self.forwards)
+            or self.addresses != [tensor.data_ptr() for tensor in self.packed_tensors]
+        ):
             self.relink()
 
     # Tensors made in inference mode could take no part in training later.
@@ -67,6 +69,7 @@ class SharedForward:
             raise ValueError("model: got layers or projections that share weights, expected each to have its own")
         holders = [entries for module in self.vision.modules() for entries in (module._modules, module._parameters)]
         self.seen = [(entries, name, thing) for entries in holders for name, thing in entries.items()]
+        self.forwards = [(module, vars(module).get("forward")) for module in self.vision.modules()]
         self.packed_tensors = [tensor for module in self.packed for tensor in module.tensors()]
         # The packed tensors are kept, so nothing else can come to lie there.
         self.addresses = [tensor.data_ptr() for tensor in self.packed_tensors]
@@ -234,13 +237,17 @@ def _bypassed(model: nn.Module, shared: Shared) -> dict[str, str]:
 
 
 def _described(module: nn.Module) -> str:
-    """A module's class, its weights' shapes and what they are if no plain tensors, and the layers of a list."""
+    """A module's class, its weights' shapes and what they are if no plain tensors, the layers of a list, and whether it
+    has a forward of its own.
+    """
     weights = {
         name: None if x is None else tuple(x.shape) if type(x) in (Tensor, nn.Parameter) else type(x).__name__
         for name, x in module._parameters.items()
     }
     layers = f" of {len(module)}" if isinstance(module, nn.ModuleList) else ""
-    return f"{type(module).__module__}.{type(module).__qualname__}{layers}{weights or ''}"
+    forward = vars(module).get("forward")
+    own = "" if forward is None or isinstance(forward, SharedForward) else " with a forward of its own"
+    return f"{type(module).__module__}.{type(module).__qualname__}{layers}{own}{weights or ''}"
 
 
 def _check_weights(vision: nn.Module) -> None:
