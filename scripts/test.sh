@@ -12,8 +12,8 @@ Sets up .venv if needed and runs the whole suite, or the files, folders and test
 the project's folder. Files are spread over one worker for each core (pytest-xdist), as far as memory lasts. -n 0, or
 -p no:xdist, keeps all tests in one process; so do --pdb, --trace, -s and the name of a single file.
 
-  --quick  what to run before a commit, within 90 seconds on 2 cores: the linter and the formatter, the import graph,
-           and three examples of each property that says what an op or an encoder computes (the tests marked quick)
+  --quick  what to run before a commit, two minutes of CPU time: the linter and the formatter, the import graph, and
+           three examples of each property that says what an op or an encoder computes (the tests marked quick)
 
 pytest's own options: .venv/bin/python -m pytest --help
 USAGE

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vit_encoder.compilation import CompilationConfig, compilation_counter, set_model_tag, support_torch_compile
 from vit_encoder.compilation import cache as store
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo", "new_process")
+pytestmark = [pytest.mark.costly, pytest.mark.usefixtures("fresh_dynamo", "new_process")]
 
 
 @support_torch_compile(dynamic_arg_dims={"x": 0})

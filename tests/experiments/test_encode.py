@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 QUICK = ["--config", "tiny", "--backend", "eager", "--tile-counts", "1", "3", "2", "--repeats", "2"]
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [pytest.mark.costly, pytest.mark.usefixtures("fresh_dynamo")]
 
 
 def run(out: Path, *arguments: str, code: int = 0) -> dict[str, Any]:

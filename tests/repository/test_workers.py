@@ -11,9 +11,7 @@ import vit_kernels
 
 from tests.workers import BYTES_OF_A_WORKER, cores, memory, worker_count
 
-TESTS = Path(__file__).parent
-while TESTS.name != "tests":
-    TESTS = TESTS.parent
+TESTS = next(folder for folder in Path(__file__).parents if folder.name == "tests")
 
 # A suite of its own with the project's conftest.
 SUITE = """
@@ -73,8 +71,7 @@ def notes_of(folder: Path, *arguments: str) -> list[dict[str, str | None]]:
         (folder / "tests" / name).write_text((TESTS / name).read_text())
     (folder / "tests/test_a.py").write_text(SUITE)
     (folder / "tests/test_b.py").write_text(SUITE + "\npytestmark = pytest.mark.costly\n")
-    configuration = (TESTS.parent / "pyproject.toml").read_text()
-    (folder / "pyproject.toml").write_text(configuration)
+    (folder / "pyproject.toml").write_text((TESTS.parent / "pyproject.toml").read_text())
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON", "TORCHIND"))}
     variables = kept | {"NOTES": str(folder / "notes"), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), *arguments]
@@ -96,8 +93,9 @@ def test_each_worker_has_caches_of_its_own_and_leaves_nothing(tmp_path: Path) ->
         }, "a file stays with its worker"
 
 
-def test_without_workers_the_caches_are_the_user_s(tmp_path: Path) -> None:
-    notes = notes_of(tmp_path, "-n", "auto", "tests/test_a.py")
+@pytest.mark.parametrize("argument", ["tests/test_a.py", "--pdb"])
+def test_without_workers_the_caches_are_the_user_s(tmp_path: Path, argument: str) -> None:
+    notes = notes_of(tmp_path, "-n", "auto", "--dist", "loadfile", argument)
     assert {(note["PYTEST_XDIST_WORKER"], note["TRITON_CACHE_DIR"], note["TRITON_INTERPRET"]) for note in notes} == {
         (None, None, "1")
     }
