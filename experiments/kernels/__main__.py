@@ -13,17 +13,22 @@ import time
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from vit_kernels.inspection.targets import TARGETS
 
 from experiments.common import cli, roofline
-from experiments.kernels.check import Row, read_report, regressions, triton_version
-from experiments.kernels.compile import KERNELS, Case, Figures, cases_of, compile_case, interpret_case, run_all
+from experiments.common.problem import HEADS, POSITIONS, TILES
+from experiments.kernels.check import Report, read_report, regressions
+from experiments.kernels.compile import KERNELS, Case, cases_of, compile_case, interpret_case, run_all
 from experiments.kernels.figure import draw
 from experiments.kernels.registry import DTYPES, HEAD_DIMS, OURS, Kernel, Problem, installed_peers, version_of
+from experiments.kernels.row import Compiled, Figures, Row
 from experiments.kernels.text import print_report
+
+if TYPE_CHECKING:
+    from vit_kernels.testing.counts import OperationCounts
 
 COMMITTED = cli.COMMITTED / "kernel_report.json"
 
@@ -43,7 +48,9 @@ STATUSES = {
     2: "bad arguments, or --check with another version of Triton than the committed report's",
 }
 
+WORKLOAD = f"{TILES} tiles of {POSITIONS} tokens, {HEADS} heads"
 NOTES = (
+    roofline.ASSUMPTIONS,
     "flash-attn's attention is compiled ahead of time, for NVIDIA only: no compiler here can make it again for these "
     "targets, so it is never among the peers. It pads head_dim 72 to 96 and 80 and 88 to 96.",
     "Loads and asynchronous copies are those of the main loop (of the whole kernel where there is none), stores those "
@@ -69,12 +76,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("no kernel is left by --kernel, --dtype, --head-dim and --target")
     rows = make_rows(cases, options.jobs)
     if committed:
-        return _print_check(console, committed["rows"], rows)
-    report = _report(rows, _kept(earlier, rows, options.defaults_only), time.perf_counter() - start)
-    print_report(console, report, rows)
-    for path in _write(options.out, report):
+        return _print_check(console, committed.rows, rows)
+    seconds = round(time.perf_counter() - start)
+    print_report(console, rows, NOTES)
+    console.print(f"Workload of the predictions: {WORKLOAD}. {len(rows)} rows in {seconds} s.")
+    for path in _write(options.out, [*rows, *_kept(earlier, rows, options.defaults_only)], seconds):
         console.print(f"wrote {path}")
-    return 1 if any(row["error"] for row in rows) else 0
+    return 1 if any(row.error for row in rows) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,96 +137,83 @@ def make_rows(cases: Sequence[Case], jobs: int) -> list[Row]:
     return [_row(case, compiled[case], by_blocks[case.blocks()]) for case in cases]
 
 
-def _row(case: Case, compiled: Figures, counts: Figures | None) -> Row:
+def _row(case: Case, compiled: Compiled | str, counts: OperationCounts | None) -> Row:
     kernel = KERNELS[case.kernel]
-    row = {
-        "kernel": case.kernel,
-        "package": f"{kernel.package} {version_of(kernel.package)}",
-        "dtype": case.dtype,
-        "head_dim": case.head_dim,
-        "target": case.target,
-        "configuration": dict(case.configuration),
-        "default": case.default,
-        "error": None,
-        **compiled,
-    }
-    if row["error"]:
-        return row
-    unknown: Figures = {"flops_issued_over_useful": None, "bytes_requested_over_compulsory": None, "roofline_us": {}}
-    return row | (_work(case, kernel, compiled, counts) if counts else unknown)
+    return Row(
+        kernel=case.kernel,
+        package=f"{kernel.package} {version_of(kernel.package)}",
+        dtype=case.dtype,
+        head_dim=case.head_dim,
+        target=case.target,
+        configuration=dict(case.configuration),
+        default=case.default,
+        error=compiled if isinstance(compiled, str) else None,
+        figures=None if isinstance(compiled, str) else _figures(case, kernel, compiled, counts),
+    )
 
 
-def _work(case: Case, kernel: Kernel, compiled: Figures, counts: Figures) -> Figures:
+def _figures(case: Case, kernel: Kernel, compiled: Compiled, counts: OperationCounts | None) -> Figures:
     """Ratios counted on the interpreted problem, and the roofline of the whole one."""
+    if counts is None:
+        return Figures(**vars(compiled))
     whole = Problem(case.head_dim, case.dtype)
     small = kernel.interpreted_problem(case.head_dim, case.dtype)
-    requested = counts["bytes_loaded"] + counts["bytes_stored"]
+    requested = counts.bytes_loaded + counts.bytes_stored
     useful = kernel.useful_flops(small)
     times = kernel.useful_flops(whole) / useful if useful else 0
-    issued = counts["dot_flops"] * times * compiled["products"] * (compiled["matrix_flops_over_dots"] or 1)
-    return {
-        "flops_issued_over_useful": round(counts["dot_flops"] / useful, 4) if useful else None,
-        "bytes_requested_over_compulsory": round(requested / kernel.compulsory_bytes(small), 4),
-        "roofline_us": {
+    issued = counts.dot_flops * times * compiled.products * (compiled.matrix_flops_over_dots or 1)
+    return Figures(
+        **vars(compiled),
+        flops_issued_over_useful=round(counts.dot_flops / useful, 4) if useful else None,
+        bytes_requested_over_compulsory=round(requested / kernel.compulsory_bytes(small), 4),
+        roofline_us={
             name: [
                 float(f"{1e6 * seconds:.4g}")
                 for seconds in roofline.interval(
                     gpu,
                     case.dtype,
                     matrix_flops=issued,
-                    exponentials=counts["exp2"] * times,
+                    exponentials=counts.exp2 * times,
                     nbytes=kernel.compulsory_bytes(whole),
                 )
             ]
             for name, gpu in roofline.GPUS.items()
             if gpu.target == case.target
         },
-    }
+    )
 
 
-def _comparable_report() -> dict[str, Any]:
+def _comparable_report() -> Report:
     committed = read_report(COMMITTED)
-    if triton_version(committed) != (here := metadata.version("triton")):
+    if committed.triton != (here := metadata.version("triton")):
         raise ValueError(
-            f"--check: the committed report is of triton {triton_version(committed)}, this is {here}: "
+            f"--check: the committed report is of triton {committed.triton}, this is {here}: "
             "figures of different compilers are not compared"
         )
     return committed
 
 
-def _earlier_report(options: argparse.Namespace) -> dict[str, Any] | None:
+def _earlier_report(options: argparse.Namespace) -> Report | None:
     """The report whose other rows are kept: those of kernels that were not selected or are not installed here."""
     path = options.out / COMMITTED.name
     if not path.exists():
         return None
     earlier = read_report(path)
-    if triton_version(earlier) == metadata.version("triton"):
+    if earlier.triton == metadata.version("triton"):
         return earlier
     if _selected(options):
-        raise ValueError(f"{path} is of triton {triton_version(earlier)}: give another --out, or select nothing")
+        raise ValueError(f"{path} is of triton {earlier.triton}: give another --out, or select nothing")
     return None
 
 
-def _kept(earlier: dict[str, Any] | None, rows: list[Row], defaults_only: bool) -> list[Row]:
+def _kept(earlier: Report | None, rows: list[Row], defaults_only: bool) -> list[Row]:
     """Rows of the earlier report that were not to be made anew."""
     again = {(_group(row), default) for row in rows for default in ((True,) if defaults_only else (True, False))}
-    return [row for row in earlier["rows"] if (_group(row), row["default"]) not in again] if earlier else []
+    return [row for row in earlier.rows if (_group(row), row.default) not in again] if earlier else []
 
 
 def _group(row: Row) -> tuple[Any, ...]:
-    return row["kernel"], row["dtype"], row["head_dim"], row["target"]
-
-
-def _report(rows: list[Row], kept: list[Row], seconds: float) -> dict[str, Any]:
-    order = list(KERNELS)
-    return cli.result(
-        "kernel_report",
-        seconds=round(seconds),
-        workload="16 tiles of 577 tokens, 16 heads",
-        notes=[roofline.ASSUMPTIONS, *NOTES],
-        gpus=roofline.GPUS,
-        rows=sorted([*rows, *kept], key=lambda row: (order.index(row["kernel"]), row["dtype"], row["head_dim"])),
-    )
+    return row.kernel, row.dtype, row.head_dim, row.target
 
 
 def _print_check(console: Console, committed: list[Row], rows: list[Row]) -> int:
@@ -229,15 +224,16 @@ def _print_check(console: Console, committed: list[Row], rows: list[Row]) -> int
     return 1 if worse else 0
 
 
-def _write(folder: Path, report: dict[str, Any]) -> list[Path]:
+def _write(folder: Path, rows: list[Row], seconds: int) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     data, figure = folder / COMMITTED.name, folder / COMMITTED.with_suffix(".png").name
+    rows = sorted(rows, key=lambda row: ([*KERNELS].index(row.kernel), row.dtype, row.head_dim))
+    around = cli.result("kernel_report", seconds=seconds, workload=WORKLOAD, notes=NOTES, gpus=roofline.GPUS)
+    head = json.dumps(cli.plain(around), indent=2, allow_nan=False)
     # One row a line, so that a difference shows the rows that changed.
-    rows = ",\n".join(json.dumps(row, allow_nan=False) for row in report["rows"])
-    around = cli.plain({name: value for name, value in report.items() if name != "rows"})
-    head = json.dumps(around, indent=2, allow_nan=False)
-    data.write_text(f'{head[:-2]},\n  "rows": [\n{rows}\n]\n}}\n', encoding="utf-8")
-    draw(report["rows"], figure)
+    lines = ",\n".join(json.dumps(row.described(), allow_nan=False) for row in rows)
+    data.write_text(f'{head[:-2]},\n  "rows": [\n{lines}\n]\n}}\n', encoding="utf-8")
+    draw(rows, figure)
     return [data, figure]
 
 

@@ -10,45 +10,44 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
-KEY = ("kernel", "dtype", "head_dim", "target", "configuration")
+from experiments.kernels.row import Figures, Row, row_of
 
 
-def _narrowest(row: Row) -> int:
+@dataclass(frozen=True)
+class Report:
+    """What is read of a report: the version of Triton that compiled it, and its rows."""
+
+    triton: str
+    rows: list[Row]
+
+
+def _narrowest(figures: Figures) -> int:
     """Bytes a lane of the narrowest load or asynchronous copy in the main loop."""
-    return min(map(int, (*row["loads"], *row["async_copies"])), default=0)
+    return min(map(int, (*figures.loads, *figures.async_copies)), default=0)
 
 
-def _widest_store(row: Row) -> int:
-    return max(map(int, row["stores"]), default=0)
+def _widest_store(figures: Figures) -> int:
+    return max(map(int, figures.stores), default=0)
 
 
-def _figure(name: str) -> Callable[[Row], Any]:
-    return lambda row: row[name]
-
-
-FEWER_IS_BETTER: dict[str, Callable[[Row], Any]] = {
-    name: _figure(name)
+FEWER_IS_BETTER: dict[str, Callable[[Figures], Any]] = {
+    name: attrgetter(name)
     for name in (
         "registers", "spill_store_bytes", "spill_load_bytes", "shared_bytes", "tensor_memory_columns",
         "loop_instructions", "matrix_flops_over_dots", "flops_issued_over_useful", "bytes_requested_over_compulsory",
     )
 }  # fmt: skip
-MORE_IS_BETTER: dict[str, Callable[[Row], Any]] = {
-    "ctas_per_sm": _figure("ctas_per_sm"),
+MORE_IS_BETTER: dict[str, Callable[[Figures], Any]] = {
+    "ctas_per_sm": attrgetter("ctas_per_sm"),
     "bytes of the narrowest load in the loop": _narrowest,
     "bytes of the widest store": _widest_store,
 }
-
-
-def key_of(row: Row) -> str:
-    """What names a row of the report."""
-    configuration = " ".join(f"{name}={value}" for name, value in sorted((row["configuration"]).items()))
-    return f"{row['kernel']}, {row['dtype']}, head_dim {row['head_dim']}, {row['target']}, {configuration or 'its own'}"
 
 
 def kinds_of(opcodes: Iterable[str]) -> set[str]:
@@ -56,35 +55,34 @@ def kinds_of(opcodes: Iterable[str]) -> set[str]:
     return {re.split(r"[.]|_f\d", opcode)[0] for opcode in opcodes}
 
 
-def regressions(committed: list[Row], made: list[Row]) -> list[str]:
+def regressions(committed: Sequence[Row], made: Sequence[Row]) -> list[str]:
     """A line for each figure of `made` that is worse than in `committed`, and for each row that is not there."""
-    known = {key_of(row): row for row in committed}
+    known = {row.key: row for row in committed}
     lines = []
     for row in made:
-        name = key_of(row)
-        before = known.get(name)
+        before = known.get(row.key)
         if before is None:
-            lines.append(f"{name}: not in the committed report; make it anew and commit it")
-        elif row["error"]:
-            lines += [] if before["error"] else [f"{name}: compiled, and now: {row['error']}"]
-        elif not before["error"]:
-            lines += [f"{name}: {line}" for line in _worse(before, row)]
+            lines.append(f"{row.key}: not in the committed report; make it anew and commit it")
+        elif row.figures is None:
+            lines += [f"{row.key}: compiled, and now: {row.error}"] if before.figures else []
+        elif before.figures:
+            lines += [f"{row.key}: {line}" for line in _worse(before.figures, row.figures)]
     return lines
 
 
-def _worse(before: Row, now: Row) -> list[str]:
+def _worse(before: Figures, now: Figures) -> list[str]:
     found = [
         f"{figure} {was} -> {is_now}"
         for readers, sign in ((FEWER_IS_BETTER, 1), (MORE_IS_BETTER, -1))
         for figure, read in readers.items()
         if (was := read(before)) is not None and (is_now := read(now)) is not None and sign * (is_now - was) > 0
     ]
-    if kinds_of(before["matrix"]) != kinds_of(now["matrix"]):
-        found.append(f"matrix instructions {', '.join(before['matrix'])} -> {', '.join(now['matrix']) or 'none'}")
+    if kinds_of(before.matrix) != kinds_of(now.matrix):
+        found.append(f"matrix instructions {', '.join(before.matrix)} -> {', '.join(now.matrix) or 'none'}")
     return found
 
 
-def read_report(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> Report:
     """A report that `experiments.kernels` wrote.
 
     Raises:
@@ -93,14 +91,11 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        complete = report["experiment"] == "kernel_report" and report["environment"]["packages"] and report["rows"]
+        rows = [row_of(row) for row in report["rows"]]
+        triton = str(report["environment"]["packages"]["triton"])
+        complete = report["experiment"] == "kernel_report" and rows
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected a report of experiments.kernels: {error}") from error
     if not complete:
         raise ValueError(f"{path}: expected a report of experiments.kernels")
-    return report
-
-
-def triton_version(report: dict[str, Any]) -> str:
-    """That the report's kernels were compiled with."""
-    return str(report["environment"]["packages"]["triton"])
+    return Report(triton, rows)

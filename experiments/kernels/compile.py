@@ -11,15 +11,18 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 from unittest import mock
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from experiments.kernels.registry import OURS, PEERS, Kernel, Problem
+from experiments.kernels.row import Compiled, key_of
 
-Figures = dict[str, Any]
+if TYPE_CHECKING:
+    from vit_kernels.testing.counts import OperationCounts
+
 Result = TypeVar("Result")
 KERNELS = {kernel.name: kernel for kernel in (*OURS, *PEERS)}
 # They change what the compiler makes of a kernel, and nothing of what the kernel does.
@@ -39,6 +42,11 @@ class Case:
     target: str
     configuration: tuple[tuple[str, Any], ...]
     default: bool
+
+    @property
+    def key(self) -> str:
+        """Names its row."""
+        return key_of(self.kernel, self.dtype, self.head_dim, self.target, dict(self.configuration))
 
     def blocks(self) -> tuple[Any, ...]:
         """Equal for cases that do the same work when interpreted."""
@@ -104,8 +112,8 @@ def _launcher(kernel: Kernel) -> Iterator[Callable[..., Any]]:
         yield launch
 
 
-def compile_case(case: Case) -> Figures:
-    """What the compiler made of a case; `error` alone where it does not compile."""
+def compile_case(case: Case) -> Compiled | str:
+    """What the compiler made of a case, or why it does not compile."""
     from triton import CompilationError
     from vit_kernels.inspection import compile_launch
 
@@ -116,8 +124,8 @@ def compile_case(case: Case) -> Figures:
             (report,) = compile_launch(case.target, launch, *args, **kwargs)
         except (CompilationError, RuntimeError) as error:
             cause = _root_cause(error)
-            return {"error": f"{type(cause).__name__}: {str(cause).strip()}"}
-    return figures_of(report, kernel)
+            return f"{type(cause).__name__}: {str(cause).strip()}"
+    return compiled_of(report, kernel)
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -127,43 +135,39 @@ def _root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def figures_of(report: Any, kernel: Kernel) -> Figures:
+def compiled_of(report: Any, kernel: Kernel) -> Compiled:
     """The report's figures of a `KernelReport`."""
     loop = report.main_loop
     where = loop or report.instructions
-    figures = {
-        name: getattr(report, name)
-        for name in (
-            "num_warps", "num_stages", "registers", "spill_store_bytes", "spill_load_bytes", "stack_bytes",
-            "shared_bytes", "tensor_memory_columns", "ctas_per_sm",
-        )
-    }  # fmt: skip
-    return figures | {
-        "matrix": sorted(where.matrix),
-        # Matrix products that each product of the source is made of.
-        "products": 3 if "tf32x3" in report.asm["ttir"] else 1,
-        "loads": _widths(where.global_loads),
-        "async_copies": _widths(where.async_copies),
-        "bulk_copies": where.bulk_copies,
-        "stores": _widths(report.instructions.global_stores),
-        "instructions": report.instructions.total,
-        "loop_instructions": loop.total if loop else None,
-        "loop_instructions_per_64": (
-            loop.total * 64 / report.constants[kernel.rows] if loop and kernel.rows else None
-        ),
-        "matrix_flops_over_dots": (
-            round(loop.matrix_flops(report.num_warps) / report.dot_loops[0], 4)
-            if loop and loop.matrix and report.dot_loops
-            else None
-        ),
-    }  # fmt: skip
+    dots = report.dot_loops[0] if loop and loop.matrix and report.dot_loops else None
+    return Compiled(
+        num_warps=report.num_warps,
+        num_stages=report.num_stages,
+        registers=report.registers,
+        spill_store_bytes=report.spill_store_bytes,
+        spill_load_bytes=report.spill_load_bytes,
+        stack_bytes=report.stack_bytes,
+        shared_bytes=report.shared_bytes,
+        tensor_memory_columns=report.tensor_memory_columns,
+        ctas_per_sm=report.ctas_per_sm,
+        matrix=sorted(where.matrix),
+        products=3 if "tf32x3" in report.asm["ttir"] else 1,
+        loads=_widths(where.global_loads),
+        async_copies=_widths(where.async_copies),
+        bulk_copies=where.bulk_copies,
+        stores=_widths(report.instructions.global_stores),
+        instructions=report.instructions.total,
+        loop_instructions=loop.total if loop else None,
+        loop_instructions_per_64=loop.total * 64 / report.constants[kernel.rows] if loop and kernel.rows else None,
+        matrix_flops_over_dots=round(loop.matrix_flops(report.num_warps) / dots, 4) if dots else None,
+    )
 
 
 def _widths(counts: Any) -> dict[str, int]:
     return {str(width): times for width, times in sorted(counts.items())}
 
 
-def interpret_case(case: Case) -> Figures | None:
+def interpret_case(case: Case) -> OperationCounts | None:
     """What a case does, counted by the interpreter; None where the interpreter cannot run a peer's kernel."""
     from triton.runtime.errors import InterpreterError
     from vit_kernels.testing import corrected_interpreter
@@ -178,4 +182,4 @@ def interpret_case(case: Case) -> Figures | None:
             if kernel in PEERS:
                 return None
             raise
-    return asdict(counts)
+    return counts

@@ -8,29 +8,29 @@ from pathlib import Path
 from rich.table import Table
 
 from experiments.common import cli
-from experiments.kernels.check import FEWER_IS_BETTER, MORE_IS_BETTER, Row, key_of, read_report, triton_version
+from experiments.kernels.check import FEWER_IS_BETTER, MORE_IS_BETTER, read_report
+from experiments.kernels.row import Row
 
 FIGURES = FEWER_IS_BETTER | MORE_IS_BETTER
-SPILLS = ("spill_store_bytes", "spill_load_bytes")
 
 
 def differences(before: Sequence[Row], after: Sequence[Row]) -> list[tuple[str, str]]:
     """(row, the figures that differ) of the rows in both reports."""
-    known = {key_of(row): row for row in before}
+    known = {row.key: row for row in before}
     found = []
     for row in after:
-        if (other := known.get(key_of(row))) is None:
+        if (other := known.get(row.key)) is None:
             continue
-        if row["error"] or other["error"]:
-            changes = [] if row["error"] == other["error"] else [f"{other['error']} -> {row['error']}"]
+        if row.figures is None or other.figures is None:
+            changes = [] if row.error == other.error else [f"{other.error} -> {row.error}"]
         else:
             changes = [
                 f"{name} {was} -> {now}"
                 for name, read in FIGURES.items()
-                if (was := read(other)) != (now := read(row))
+                if (was := read(other.figures)) != (now := read(row.figures))
             ]  # fmt: skip
         if changes:
-            found.append((key_of(row), ", ".join(changes)))
+            found.append((row.key, ", ".join(changes)))
     return found
 
 
@@ -44,15 +44,15 @@ def main(arguments: list[str] | None = None) -> None:
         before, after = read_report(options.before), read_report(options.after)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    changed = differences(before["rows"], after["rows"])
-    table = Table("row", f"triton {triton_version(before)} -> {triton_version(after)}")
+    changed = differences(before.rows, after.rows)
+    table = Table("row", f"triton {before.triton} -> {after.triton}")
     for cells in changed:
         table.add_row(*cells)
     console = cli.console()
     console.print(table)
-    known = {key_of(row) for row in before["rows"]}
-    both = [row for row in after["rows"] if key_of(row) in known]
-    spilling = sum(not row["error"] and any(row[name] for name in SPILLS) for row in both)
+    known = {row.key for row in before.rows}
+    both = [row.figures for row in after.rows if row.key in known]
+    spilling = sum(bool(of and of.spill_store_bytes + of.spill_load_bytes) for of in both)
     console.print(f"{len(changed)} of {len(both)} rows differ; {spilling} of the second report spill.")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,10 +30,11 @@ from vit_kernels import (
 
 from experiments.common import cli
 from experiments.common.problem import GRID, HEAD_DIM, HEADS, POSITIONS, TILES, WIDTH
-from experiments.common.roofline import ASSUMPTIONS, GPUS, interval
+from experiments.common.roofline import ASSUMPTIONS
 from experiments.launches.eager import eager_launches
 from experiments.launches.inductor import generate_cuda_code
 from experiments.launches.launch import Launch
+from experiments.launches.layer import Interval, predicted
 from experiments.launches.models import flash_attention
 
 FORMS = ("eager", "Inductor alone", "Triton opaque", "Triton fused")
@@ -84,10 +85,30 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _row(op: Op, tiles: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Form:
+    """What a step asks for in one form: a roofline's seconds by GPU."""
+
+    launches: int
+    bytes: int
+    predicted_seconds: dict[str, Interval]
+    kernels: list[Launch]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A step of the encoder in the forms that it has."""
+
+    op: str
+    tiles: int
+    verdict: str
+    forms: dict[str, Form]
+
+
+def _row(op: Op, tiles: int) -> Row:
     bodies = dict(zip(FORMS, (op.pytorch, op.pytorch, op.opaque, op.fused), strict=True))
     forms = {form: _summary(_launches(form, body, op, tiles)) for form, body in bodies.items() if body}
-    return {"op": op.name, "tiles": tiles, "verdict": op.verdict, "forms": forms}
+    return Row(op.name, tiles, op.verdict, forms)
 
 
 def _launches(form: str, body: Body, op: Op, tiles: int) -> list[Launch]:
@@ -99,20 +120,12 @@ def _launches(form: str, body: Body, op: Op, tiles: int) -> list[Launch]:
         return generate_cuda_code(body, *inputs).launches
 
 
-def _summary(launches: list[Launch]) -> dict[str, Any]:
-    seconds = [
-        interval(GPUS[GPU], "bfloat16", matrix_flops=x.flops, exponentials=x.exponentials, nbytes=x.nbytes)
-        for x in launches
-    ]
-    return {
-        "launches": len(launches),
-        "bytes": sum(launch.nbytes for launch in launches),
-        "predicted_seconds": {GPU: [sum(bound) for bound in zip(*seconds, strict=True)]},
-        "kernels": [asdict(launch) for launch in launches],
-    }
+def _summary(launches: list[Launch]) -> Form:
+    low, high = zip(*(predicted(launch, GPU) for launch in launches), strict=True)
+    return Form(len(launches), sum(launch.nbytes for launch in launches), {GPU: (sum(low), sum(high))}, launches)
 
 
-def _print(console: Console, rows: list[dict[str, Any]], tiles: int) -> None:
+def _print(console: Console, rows: list[Row], tiles: int) -> None:
     title = f"launches, MB moved, microseconds on an {GPU} predicted by a roofline; {tiles} tiles"
     table = Table(title=title, title_justify="left")
     table.add_column("op")
@@ -120,15 +133,15 @@ def _print(console: Console, rows: list[dict[str, Any]], tiles: int) -> None:
         table.add_column(form, justify="right")
     table.add_column("what it is worth")
     for row in rows:
-        table.add_row(row["op"], *(_cell(row["forms"].get(form)) for form in FORMS), row["verdict"], end_section=True)
+        table.add_row(row.op, *(_cell(row.forms.get(form)) for form in FORMS), row.verdict, end_section=True)
     console.print(table)
 
 
-def _cell(form: dict[str, Any] | None) -> str:
+def _cell(form: Form | None) -> str:
     if form is None:
         return "-"
-    low, high = (1e6 * bound for bound in form["predicted_seconds"][GPU])
-    return f"{form['launches']}, {form['bytes'] / 1e6:.1f} MB\n{low:.0f}-{high:.0f} us"
+    low, high = (1e6 * bound for bound in form.predicted_seconds[GPU])
+    return f"{form.launches}, {form.bytes / 1e6:.1f} MB\n{low:.0f}-{high:.0f} us"
 
 
 def _qkv_and_tables(tiles: int) -> list[Tensor]:

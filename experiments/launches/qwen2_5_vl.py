@@ -25,9 +25,10 @@ from vit_kernels import force_impl, varlen_attention
 from experiments.common import cli
 from experiments.common.peers import transformers_qwen2_5_vl
 from experiments.common.roofline import ASSUMPTIONS
-from experiments.launches.__main__ import SHAPES, layer_and_rest, print_tables
 from experiments.launches.inductor import Generated, generate_cuda_code
+from experiments.launches.layer import SHAPES, Row, layer_and_rest
 from experiments.launches.models import rotated_on_pytorch
+from experiments.launches.text import print_tables
 
 UNITS, WINDOWS = 1008, 63
 KINDS = ("windows", "full")
@@ -51,14 +52,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     cases = [(name, kind, shapes) for name in options.encoders for kind in KINDS for shapes in options.shapes]
     rows = [
-        {"encoder": f"{name}, {kind}", "shapes": shapes, "patches": 4 * UNITS}
-        | layer_and_rest(partial(_generate, ENCODERS[name], kind, shapes))
+        Row(f"{name}, {kind}", shapes, 4 * UNITS, layer_and_rest(partial(_generate, ENCODERS[name], kind, shapes)))
         for name, kind, shapes in tqdm(cases, desc="generating", unit="graph", disable=None)
     ]
     console = cli.console()
     print_tables(console, rows, NOTES, "patches")
     path = options.out / "graph_ledger_qwen2_5_vl.json"
-    cli.write_json(path, cli.result("graph_ledger_qwen2_5_vl", notes=NOTES, rows=rows))
+    cli.write_json(
+        path, cli.result("graph_ledger_qwen2_5_vl", notes=NOTES, rows=[row.described("patches") for row in rows])
+    )
     console.print(f"wrote {path}")
     return 0
 

@@ -1,9 +1,10 @@
 """experiments.kernels: no figure is worse than the committed one, and what the report says is right."""
 
-import copy
 import json
 import math
 import os
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,67 +15,80 @@ from vit_kernels.inspection.targets import TARGETS
 
 from experiments.common import roofline
 from experiments.kernels import __main__ as kernel_report
+from experiments.kernels import diff
 from experiments.kernels.__main__ import COMMITTED, main
-from experiments.kernels.check import FEWER_IS_BETTER, Row, key_of, read_report, regressions
+from experiments.kernels.check import FEWER_IS_BETTER, Report, read_report, regressions
 from experiments.kernels.compile import Case, cases_of, compile_case, run_all
 from experiments.kernels.registry import DTYPES, HEAD_DIMS, OURS, PEERS, Problem, installed_peers
+from experiments.kernels.row import Figures, Row, row_of
 from experiments.kernels.text import COLUMNS, cells
 
 ATTENTION = OURS[0]
 
 
 @pytest.fixture(scope="module")
-def committed() -> dict[str, Any]:
+def committed() -> Report:
     return read_report(COMMITTED)
 
 
-def test_every_committed_row_is_of_a_kernel_and_configuration_that_still_exist(committed: dict[str, Any]) -> None:
+def test_every_committed_row_is_of_a_kernel_and_configuration_that_still_exist(committed: Report) -> None:
     kept = {
-        key_of({**vars(case), "configuration": dict(case.configuration)})
-        for kernel in OURS
-        for case in cases_of(kernel, DTYPES, HEAD_DIMS, [*TARGETS], defaults_only=False)
+        case.key for kernel in OURS for case in cases_of(kernel, DTYPES, HEAD_DIMS, [*TARGETS], defaults_only=False)
     }
     ours = {kernel.name for kernel in OURS}
-    assert {key_of(row) for row in committed["rows"] if row["kernel"] in ours} <= kept
+    assert {row.key for row in committed.rows if row.kernel in ours} <= kept
 
 
-ROW: Row = {
-    "kernel": "varlen_attention",
-    "package": "vit-kernels 0.1.0",
-    "dtype": "bfloat16",
-    "head_dim": 88,
-    "target": "sm_90",
-    "configuration": {"BLOCK_M": 64, "num_warps": 4},
-    "default": True,
-    "error": None,
-    "num_warps": 4,
-    "registers": 160,
-    "spill_store_bytes": 0,
-    "spill_load_bytes": 0,
-    "shared_bytes": 40960,
-    "tensor_memory_columns": 0,
-    "ctas_per_sm": 3,
-    "matrix": ["HGMMA.64x64x16.F32.BF16", "HGMMA.64x32x16.F32.BF16"],
-    "products": 1,
-    "loads": {"16": 2},
-    "async_copies": {"8": 1, "16": 6},
-    "bulk_copies": 0,
-    "stores": {"8": 1, "16": 3},
-    "loop_instructions": 370,
-    "loop_instructions_per_64": 370.0,
-    "matrix_flops_over_dots": 1.0,
-    "flops_issued_over_useful": 1.15,
-    "bytes_requested_over_compulsory": 5.5,
-    "roofline_us": {"H100": [34.6, 99.0]},
-}
+ROW = Row(
+    kernel="varlen_attention",
+    package="vit-kernels 0.1.0",
+    dtype="bfloat16",
+    head_dim=88,
+    target="sm_90",
+    configuration={"BLOCK_M": 64, "num_warps": 4},
+    default=True,
+    figures=Figures(
+        num_warps=4,
+        num_stages=2,
+        registers=160,
+        spill_store_bytes=0,
+        spill_load_bytes=0,
+        stack_bytes=0,
+        shared_bytes=40960,
+        tensor_memory_columns=0,
+        ctas_per_sm=3,
+        matrix=["HGMMA.64x64x16.F32.BF16", "HGMMA.64x32x16.F32.BF16"],
+        products=1,
+        loads={"16": 2},
+        async_copies={"8": 1, "16": 6},
+        bulk_copies=0,
+        stores={"8": 1, "16": 3},
+        instructions=2000,
+        loop_instructions=370,
+        loop_instructions_per_64=370.0,
+        matrix_flops_over_dots=1.0,
+        flops_issued_over_useful=1.15,
+        bytes_requested_over_compulsory=5.5,
+        roofline_us={"H100": [34.6, 99.0]},
+    ),
+)
+NAMES = {field.name for field in fields(Row)}
+
+
+def changed(change: Mapping[str, Any], row: Row = ROW) -> Row:
+    """The row with some of what names it, or of its figures, replaced."""
+    assert row.figures
+    figures = replace(row.figures, **{name: value for name, value in change.items() if name not in NAMES})
+    return replace(row, **{"figures": figures, **{name: value for name, value in change.items() if name in NAMES}})
 
 
 @pytest.mark.parametrize("figure", FEWER_IS_BETTER)
 def test_a_figure_that_grew_is_reported_and_one_that_shrank_is_not(figure: str) -> None:
-    (line,) = regressions([ROW], [ROW | {figure: ROW[figure] + 0.01}])
+    was = getattr(ROW.figures, figure)
+    (line,) = regressions([ROW], [changed({figure: was + 0.01})])
     assert line.startswith("varlen_attention, bfloat16, head_dim 88, sm_90, BLOCK_M=64 num_warps=4: ")
-    assert f"{figure} {ROW[figure]} -> " in line
-    assert regressions([ROW], [ROW | {figure: ROW[figure] - 0.01}]) == []
+    assert f"{figure} {was} -> " in line
+    assert regressions([ROW], [changed({figure: was - 0.01})]) == []
 
 
 @pytest.mark.parametrize(
@@ -89,13 +103,13 @@ def test_a_figure_that_grew_is_reported_and_one_that_shrank_is_not(figure: str) 
             "matrix instructions HGMMA.64x64x16.F32.BF16, HGMMA.64x32x16.F32.BF16 ->",
         ),
         ({"matrix": []}, "-> none"),
-        ({"error": "RuntimeError: no"}, "compiled, and now: RuntimeError: no"),
+        ({"error": "RuntimeError: no", "figures": None}, "compiled, and now: RuntimeError: no"),
         ({"configuration": {"BLOCK_M": 32}}, "not in the committed report"),
         ({"head_dim": 80}, "not in the committed report"),
     ],
 )
-def test_what_else_got_worse_is_reported(change: Row, told: str) -> None:
-    (line,) = regressions([ROW], [ROW | change])
+def test_what_else_got_worse_is_reported(change: dict[str, Any], told: str) -> None:
+    (line,) = regressions([ROW], [changed(change)])
     assert told in line
 
 
@@ -111,19 +125,18 @@ def test_what_else_got_worse_is_reported(change: Row, told: str) -> None:
         {"configuration": {"num_warps": 4, "BLOCK_M": 64}},
     ],
 )
-def test_what_is_no_worse_is_not_reported(change: Row) -> None:
-    assert regressions([ROW], [ROW | change]) == []
+def test_what_is_no_worse_is_not_reported(change: dict[str, Any]) -> None:
+    assert regressions([ROW], [changed(change)]) == []
 
 
 def test_a_kernel_without_a_loop_is_compared_too() -> None:
-    plain = ROW | {"loop_instructions": None, "matrix_flops_over_dots": None, "matrix": []}
+    plain = changed({"loop_instructions": None, "matrix_flops_over_dots": None, "matrix": []})
     assert regressions([plain], [plain]) == []
-    assert len(regressions([plain], [plain | {"registers": 161}])) == 1
+    assert len(regressions([plain], [changed({"registers": 161}, plain)])) == 1
 
 
 def test_a_row_that_never_compiled_is_not_compared() -> None:
-    named = {name: ROW[name] for name in ("kernel", "dtype", "head_dim", "target", "configuration")}
-    assert regressions([named | {"error": "RuntimeError: no"}], [ROW]) == []
+    assert regressions([replace(ROW, error="RuntimeError: no", figures=None)], [ROW]) == []
 
 
 def test_the_roofline_of_llama_4s_attention() -> None:
@@ -188,11 +201,12 @@ def test_a_configuration_that_does_not_compile_becomes_a_row_that_says_so() -> N
     good = ATTENTION.candidates(88, "bfloat16", "sm_80")[0]
     assert good
     bad = Case(ATTENTION.name, "bfloat16", 88, "sm_80", tuple(sorted({**good, "BLOCK_D0": 24}.items())), default=True)
-    figures = run_all(compile_case, [bad], interpret=False, jobs=1, title="compiling")[bad]
-    assert list(figures) == ["error"]
-    assert "power of 2" in figures["error"]
-    row = ROW | {"error": figures["error"]}
+    error = run_all(compile_case, [bad], interpret=False, jobs=1, title="compiling")[bad]
+    assert isinstance(error, str)
+    assert "power of 2" in error
+    row = replace(ROW, error=error, figures=None)
     assert len(cells(row)) == len(COLUMNS)
+    assert row_of(row.described()) == row
 
 
 def test_no_peer_is_expected_where_none_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +219,7 @@ def test_no_peer_is_expected_where_none_is_installed(monkeypatch: pytest.MonkeyP
 
 def rows_of(cases: list[Case], jobs: int) -> list[Row]:
     """In place of `make_rows`: a row a case, compiled by nothing."""
-    return [ROW | vars(case) | {"configuration": dict(case.configuration)} for case in cases]
+    return [replace(ROW, **vars(case) | {"configuration": dict(case.configuration)}) for case in cases]
 
 
 @pytest.fixture
@@ -218,9 +232,9 @@ def test_a_run_writes_a_table_a_report_and_a_figure(tmp_path: Path, capsys: pyte
     status = main(["--kernel", "varlen_attention", "--target", "sm_90", "--head-dim", "88", "--out", str(tmp_path)])
     assert status == 0
     report = read_report(tmp_path / COMMITTED.name)
-    assert {row["target"] for row in report["rows"]} == {"sm_90"}
-    assert {row["dtype"] for row in report["rows"]} == set(DTYPES)
-    assert report["environment"]["packages"]["triton"] == metadata.version("triton")
+    assert {row.target for row in report.rows} == {"sm_90"}
+    assert {row.dtype for row in report.rows} == set(DTYPES)
+    assert report.triton == metadata.version("triton")
     assert (tmp_path / COMMITTED.with_suffix(".png").name).read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "model's prediction" in printed
@@ -237,10 +251,12 @@ def test_a_selection_is_made_anew_and_the_other_rows_stay(tmp_path: Path) -> Non
         row["registers"] = 1
     path.write_text(json.dumps(report))
     main([*common, "--kernel", "varlen_attention", "--target", "sm_80", "--defaults-only"])
-    for row in read_report(path)["rows"]:
-        again = (row["kernel"], row["target"], row["default"]) == ("varlen_attention", "sm_80", True)
-        assert (row["registers"] == ROW["registers"]) == again
-    assert len(read_report(path)["rows"]) == len(report["rows"])
+    rows = read_report(path).rows
+    for row in rows:
+        again = (row.kernel, row.target, row.default) == ("varlen_attention", "sm_80", True)
+        assert row.figures
+        assert (row.figures.registers == 160) == again
+    assert len(rows) == len(report["rows"])
 
 
 @pytest.mark.usefixtures("fake_rows")
@@ -248,7 +264,7 @@ def test_a_selection_is_made_anew_and_the_other_rows_stay(tmp_path: Path) -> Non
 def test_figures_of_two_versions_of_triton_are_not_mixed(
     tmp_path: Path, selection: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old = {"experiment": "kernel_report", "environment": {"packages": {"triton": "3.0.0"}}, "rows": [ROW]}
+    old = {"experiment": "kernel_report", "environment": {"packages": {"triton": "3.0.0"}}, "rows": [ROW.described()]}
     path = tmp_path / COMMITTED.name
     path.write_text(json.dumps(old))
     if selection:
@@ -257,12 +273,12 @@ def test_figures_of_two_versions_of_triton_are_not_mixed(
         assert "is of triton 3.0.0: give another --out, or select nothing" in capsys.readouterr().err
     else:
         main(["--out", str(tmp_path)])
-        assert ROW not in read_report(path)["rows"]
+        assert ROW not in read_report(path).rows
 
 
 def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, registers: int) -> int:
     cases = cases_of(ATTENTION, ["bfloat16"], [88], ["sm_90"], defaults_only=True)
-    rows = [row | {"registers": registers} for row in rows_of(cases, jobs=1)]
+    rows = [changed({"registers": registers}, row).described() for row in rows_of(cases, jobs=1)]
     report = {"experiment": "kernel_report", "environment": {"packages": {"triton": version}}, "rows": rows}
     path = tmp_path / "committed.json"
     path.write_text(json.dumps(report))
@@ -306,32 +322,46 @@ def test_an_unknown_selection_is_refused(arguments: list[str], capsys: pytest.Ca
     assert f"invalid choice: {arguments[1]!r}".replace("'87'", "87") in capsys.readouterr().err
 
 
-def test_the_figure_and_the_table_take_every_committed_row(committed: dict[str, Any], tmp_path: Path) -> None:
-    rows = copy.deepcopy(committed["rows"])
+def test_the_figure_and_the_table_take_every_committed_row(committed: Report, tmp_path: Path) -> None:
+    rows = committed.rows
     assert all(len(cells(row)) == len(COLUMNS) for row in rows)
     kernel_report.draw(rows, tmp_path / "figure.png")
     with (tmp_path / "table").open("w+") as table:
-        kernel_report.print_report(Console(file=table, width=200), committed, rows)
+        kernel_report.print_report(Console(file=table, width=200), rows, kernel_report.NOTES)
         table.seek(0)
         text = table.read()
-    assert all(row["kernel"].split()[0] in text for row in rows)
+    assert all(row.kernel.split()[0] in text for row in rows)
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_every_kept_configuration_of_attention_in_bf16_is_clean(
-    committed: dict[str, Any], target: str, head_dim: int
+def test_every_kept_configuration_of_attention_in_bf16_is_clean(committed: Report, target: str, head_dim: int) -> None:
+    wanted = ("varlen_attention", "bfloat16", target, head_dim)
+    rows = [row for row in committed.rows if (row.kernel, row.dtype, row.target, row.head_dim) == wanted]
+    figures = [row.figures for row in rows if row.figures]
+    assert len(figures) == len(rows) >= 3
+    for of in figures:
+        assert of.spill_store_bytes == of.spill_load_bytes == of.stack_bytes == 0
+        assert {*of.loads, *of.async_copies} == {"16"}
+        assert of.matrix_flops_over_dots == 1, "warps repeat each other's work"
+        assert of.ctas_per_sm >= 1
+        assert "sm" not in target or "16" in of.stores
+        if target == "sm_90" and of.num_warps == 8:
+            assert of.loop_instructions_per_64
+            assert of.loop_instructions_per_64 <= 380
+    assert target != "sm_90" or max(of.ctas_per_sm for of in figures) >= 2
+
+
+def test_two_reports_differ_in_the_figures_that_changed_and_say_which_spill(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [row for row in committed["rows"] if (row["kernel"], row["dtype"]) == ("varlen_attention", "bfloat16")]
-    rows = [row for row in rows if (row["target"], row["head_dim"]) == (target, head_dim)]
-    assert len(rows) >= 3
-    for row in rows:
-        assert row["spill_store_bytes"] == row["spill_load_bytes"] == row["stack_bytes"] == 0
-        assert {*row["loads"], *row["async_copies"]} == {"16"}
-        assert row["matrix_flops_over_dots"] == 1, "warps repeat each other's work"
-        assert row["ctas_per_sm"] >= 1
-        assert "sm" not in target or "16" in row["stores"]
-        if target == "sm_90" and row["num_warps"] == 8:
-            assert row["loop_instructions_per_64"] <= 380
-    assert target != "sm_90" or max(row["ctas_per_sm"] for row in rows) >= 2
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    for path, triton, change in ((before, "3.0.0", {}), (after, "4.0.0", {"registers": 161, "spill_load_bytes": 8})):
+        around = {"experiment": "kernel_report", "environment": {"packages": {"triton": triton}}}
+        path.write_text(json.dumps(around | {"rows": [changed(change).described()]}))
+    diff.main([str(before), str(after)])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "triton 3.0.0 -> 4.0.0" in printed
+    assert "registers 160 -> 161" in printed
+    assert "1 of 1 rows differ; 1 of the second report spill." in printed

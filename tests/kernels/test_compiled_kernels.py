@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from experiments.kernels.__main__ import COMMITTED, make_rows
-from experiments.kernels.check import read_report, regressions, triton_version
+from experiments.kernels.check import read_report, regressions
 from experiments.kernels.compile import Case, cases_of
 from experiments.kernels.registry import DTYPES, HEAD_DIMS, OURS
 from tests.workers import cores
@@ -115,10 +115,10 @@ def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def worse_than_committed(cases: list[Case], triton_cache: Path) -> list[str]:
     """Figures of these cases, made now, that are worse than in the committed report."""
     committed = read_report(COMMITTED)
-    if triton_version(committed) != (here := metadata.version("triton")):
-        pytest.skip(f"the committed figures are of triton {triton_version(committed)}, this is {here}")
+    if committed.triton != (here := metadata.version("triton")):
+        pytest.skip(f"the committed figures are of triton {committed.triton}, this is {here}")
     with mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(triton_cache)):
-        return regressions(committed["rows"], make_rows(cases, jobs=cores()))
+        return regressions(committed.rows, make_rows(cases, jobs=cores()))
 
 
 # First, because it compiles on every core.
