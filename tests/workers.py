@@ -45,9 +45,13 @@ def memory() -> int:
 def own_caches() -> dict[str, str]:
     """Variables that give a worker, and what its tests start, empty caches of compiled code until it ends.
 
-    Otherwise what a test compiles would depend on what another worker compiled before. None outside of workers.
+    Otherwise what a test compiles would depend on what another worker compiled before. Outside of a worker there are
+    none. xdist's own variables are taken out of the environment: a process that a test starts is no worker, and would
+    take itself for one (pytest-benchmark then measures nothing).
     """
     worker = os.environ.get("PYTEST_XDIST_WORKER")
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+        del os.environ[name]
     if worker is None:
         return {}
     folder = tempfile.mkdtemp(prefix=f"vit-kernels-{worker}-")

@@ -22,12 +22,17 @@ import pytest
 
 ENVIRONMENT = ("PYTEST_XDIST_WORKER", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_INTERPRET")
 
+@pytest.fixture
+def worker(request):
+    return getattr(request.config, "workerinput", {}).get("workerid")
+
 @pytest.mark.parametrize("number", range(2))
-def test_note(number):
+def test_note(number, worker):
     for name in ENVIRONMENT[1:3]:
         if folder := os.environ.get(name):
             Path(folder).mkdir(parents=True, exist_ok=True)
     note = {name: os.environ.get(name) for name in ENVIRONMENT} | {"file": Path(__file__).name, "number": number}
+    note["worker"] = worker
     with open(os.environ["NOTES"], "a") as notes:
         notes.write(json.dumps(note) + "\\n")
 """
@@ -83,7 +88,8 @@ def notes_of(folder: Path, *arguments: str) -> list[dict[str, str | None]]:
 def test_each_worker_has_caches_of_its_own_and_leaves_nothing(tmp_path: Path) -> None:
     notes = notes_of(tmp_path, "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
     of_file = {note["file"]: note for note in notes}
-    assert of_file["test_b.py"]["PYTEST_XDIST_WORKER"] == "gw0", "the costly file begins"
+    assert {note["worker"] for note in of_file.values()} == {"gw0", "gw1"}
+    assert {note["PYTEST_XDIST_WORKER"] for note in notes} == {None}, "a process that a test starts is no worker"
     folders = [of_file[file][name] for file in of_file for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")]
     assert len({*folders}) == 4
     assert not any(Path(folder).exists() for folder in folders if folder)
@@ -93,12 +99,16 @@ def test_each_worker_has_caches_of_its_own_and_leaves_nothing(tmp_path: Path) ->
         }, "a file stays with its worker"
 
 
-@pytest.mark.parametrize("argument", ["tests/test_a.py", "--pdb"])
-def test_without_workers_the_caches_are_the_user_s(tmp_path: Path, argument: str) -> None:
+@pytest.mark.parametrize(
+    ("argument", "files"),
+    [("tests/test_a.py", ["test_a.py"] * 2), ("--pdb", ["test_b.py"] * 2 + ["test_a.py"] * 2)],
+)
+def test_without_workers_the_caches_are_the_user_s(tmp_path: Path, argument: str, files: list[str]) -> None:
     notes = notes_of(tmp_path, "-n", "auto", "--dist", "loadfile", argument)
-    assert {(note["PYTEST_XDIST_WORKER"], note["TRITON_CACHE_DIR"], note["TRITON_INTERPRET"]) for note in notes} == {
+    assert {(note["worker"], note["TRITON_CACHE_DIR"], note["TRITON_INTERPRET"]) for note in notes} == {
         (None, None, "1")
     }
+    assert [note["file"] for note in notes] == files, "the costly file begins"
 
 
 def test_the_quick_run_has_examples_of_every_op_and_encoder() -> None:
