@@ -11,53 +11,36 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from matplotlib.cbook import get_sample_data
-from PIL import Image
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 from vit_encoder import (
     CompilationConfig,
-    Llama4ImageSettings,
-    Llama4VisionConfig,
-    Llama4VisionModel,
-    TiledImage,
-    tile_image,
     whole_graph,
 )
 from vit_encoder.compilation import GraphReport
 from vit_encoder.compilation.config import DynamicShapes
-from vit_encoder.llama4 import reference_forward
 
 from experiments.common import cli
 from experiments.common.comparison import ALLOWED_EPS, Row, compare, first_line
 from experiments.common.measure import MAX_ROUNDS, MIN_ROUNDS, ROUND_SECONDS, Call, peak_memory, summary
-from experiments.common.peers import transformers_vision_model
-from experiments.common.weights import SEED, checkpoint_encoder, random_encoder
-from experiments.encode import qwen2_5_vl
+from experiments.common.weights import SEED
+from experiments.encode import llama4, qwen2_5_vl
 from experiments.encode.figure import draw
-from experiments.encode.llama4 import sweep_config, sweep_tile_counts
 from experiments.encode.report import print_result, print_subject
 from experiments.encode.subject import Subject
 
-LLAMA4_CONFIGS: dict[str, Callable[[], Llama4VisionConfig]] = {
-    "scout": Llama4VisionConfig.scout,
-    "tiny": Llama4VisionConfig.tiny,
-}
 # The first of each is the default; the options are those that make sense for one encoder only.
-CONFIGS = {"llama4": list(LLAMA4_CONFIGS), "qwen2_5_vl": list(qwen2_5_vl.CONFIGS)}
+CONFIGS = {"llama4": list(llama4.CONFIGS), "qwen2_5_vl": list(qwen2_5_vl.CONFIGS)}
 FOREIGN_OPTIONS = {"llama4": ("max_pixels",), "qwen2_5_vl": ("max_tiles", "tile_counts")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Names in torch.cpu.get_capabilities(): without one of them the products are emulated, at a quarter of float32's speed.
 FAST_WITH = {"bfloat16": ("amx_bf16", "avx512_bf16"), "float16": ("amx_fp16", "avx512_fp16")}
-TILE_COUNTS = [1, 17, 2, 5, 33]
-# By default: a CPU takes seconds for each.
-MAX_TILES_ON_A_CPU = 1
 
 EXAMPLES = """  %(prog)s
       the sample photograph as one tile through 34 layers of random weights
@@ -150,7 +133,7 @@ def _prepare(options: argparse.Namespace) -> Subject:
     device = _usable_device(options.device)
     dtype_name = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     path = options.image or Path(get_sample_data("grace_hopper.jpg", asfileobj=False))
-    prepare = {"llama4": _prepare_llama4, "qwen2_5_vl": qwen2_5_vl.prepare}[options.model]
+    prepare = {"llama4": llama4.prepare, "qwen2_5_vl": qwen2_5_vl.prepare}[options.model]
     subject = prepare(options, DTYPES[dtype_name], device, path)
     slow_dtype = device.type == "cpu" and not _is_fast(dtype_name)
     around = {"model": options.model, "dtype": dtype_name, "device": str(device), "slow_dtype": slow_dtype}
@@ -165,42 +148,6 @@ def _check_options(options: argparse.Namespace) -> None:
     for name in FOREIGN_OPTIONS[options.model]:
         if getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')}: not for --model {options.model}")
-
-
-def _prepare_llama4(options: argparse.Namespace, dtype: torch.dtype, device: torch.device, path: Path) -> Subject:
-    config = Llama4VisionConfig.from_hf(options.checkpoint) if options.checkpoint else LLAMA4_CONFIGS[options.config]()
-    settings = Llama4ImageSettings(image_size=config.image_size)
-    if options.checkpoint:
-        settings = Llama4ImageSettings.from_hf(options.checkpoint, image_size=config.image_size)
-    max_tiles = options.max_tiles or (MAX_TILES_ON_A_CPU if device.type == "cpu" else settings.max_tiles)
-    tiled = tile_image(path, settings=settings, max_tiles=max_tiles)
-    model = _encoder(options, config, dtype, device)
-    pixel_values = tiled.pixel_values.to(device, dtype)
-    tile_counts = options.tile_counts or TILE_COUNTS
-    peer = transformers_vision_model(model)
-    description = {
-        "image": _describe_image(path, tiled, model.config, max_tiles),
-        "encoder": {
-            "config": options.checkpoint.resolve().name if options.checkpoint else options.config,
-            "weights": "checkpoint" if options.checkpoint else f"random, seed {SEED}",
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            **asdict(model.config),
-        },
-        "max_tiles_chosen": options.max_tiles is None,
-    }
-    return Subject(
-        model=model,
-        inputs=(pixel_values,),
-        part="tile",
-        parts=len(pixel_values),
-        description=description,
-        reference=lambda: reference_forward(model, pixel_values, progress=True),
-        peer=peer and (lambda: peer(pixel_values=pixel_values).last_hidden_state),
-        swept=("tile_counts", tile_counts),
-        sweep=lambda compilation: sweep_tile_counts(
-            sweep_config(model.config, device), tile_counts, compilation, dtype=dtype, device=device
-        ),
-    )
 
 
 def _check_writable(folder: Path) -> None:
@@ -221,32 +168,6 @@ def _usable_device(name: str) -> torch.device:
 def _is_fast(dtype_name: str) -> bool:
     capabilities = torch.cpu.get_capabilities()
     return dtype_name == "float32" or any(capabilities.get(name) for name in FAST_WITH[dtype_name])
-
-
-def _encoder(
-    options: argparse.Namespace, config: Llama4VisionConfig, dtype: torch.dtype, device: torch.device
-) -> Llama4VisionModel:
-    if options.checkpoint:
-        return checkpoint_encoder(options.checkpoint, layers=options.layers, dtype=dtype, device=device)
-    print("drawing random weights ...", file=sys.stderr, flush=True)
-    config = replace(config, num_hidden_layers=options.layers or config.num_hidden_layers)
-    return random_encoder(config, dtype=dtype, device=device)
-
-
-def _describe_image(path: Path, tiled: TiledImage, config: Llama4VisionConfig, max_tiles: int) -> dict[str, Any]:
-    with Image.open(path) as image:
-        width, height = image.size
-    tiles = len(tiled.pixel_values)
-    return {
-        "name": path.name,
-        "width": width,
-        "height": height,
-        "max_tiles": max_tiles,
-        "canvas": list(tiled.aspect_ratio),
-        "tiles": tiles,
-        "encoder_tokens": tiles * config.tokens_per_tile,
-        "features": tiles * config.output_tokens_per_tile,
-    }
 
 
 def _measure(options: argparse.Namespace, subject: Subject) -> tuple[dict[str, Any], Tensor | None]:

@@ -117,7 +117,7 @@ def test_low_precision_is_right_too(dtype: str, tmp_path: Path) -> None:
 def test_without_transformers_eager_is_the_yardstick(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("experiments.encode.__main__.transformers_vision_model", lambda model: None)
+    monkeypatch.setattr("experiments.encode.llama4.transformers_vision_model", lambda model: None)
     assert list(rows(run(tmp_path))) == ["eager", "compiled"]
     assert "twice what eager makes" in capsys.readouterr().out
 
@@ -176,7 +176,7 @@ def test_a_form_that_fails_is_reported_and_the_others_are_timed(
         def forward(self, pixel_values: Tensor) -> Tensor:
             raise RuntimeError("\nno kernel image\nis available")
 
-    monkeypatch.setattr("experiments.encode.__main__.transformers_vision_model", lambda model: Broken())
+    monkeypatch.setattr("experiments.encode.llama4.transformers_vision_model", lambda model: Broken())
     result = run(tmp_path, code=1)
     assert rows(result)["transformers"]["problem"] == "RuntimeError: no kernel image"
     assert "yardstick" not in result

@@ -15,6 +15,9 @@ pytestmark = pytest.mark.quick
 ROOT = Path(__file__).parents[2]
 SOURCE_ROOTS = {"vit_kernels": ROOT / "kernels", "vit_encoder": ROOT / "encoder", "experiments": ROOT}
 NOT_OPS = {"reference", "testing", "inspection"}
+ROOMS = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/__init__.py"))
+# The report of a GPU runs the main job and tells its result.
+BENEATH = {"gpu": ("encode",)}
 
 
 class Reference(NamedTuple):
@@ -120,6 +123,11 @@ def is_foreign_to_kernels(name: str) -> bool:
     return not within(name, "vit_kernels._triton", "torch", "triton") and top not in sys.stdlib_module_names
 
 
+def is_another_room(name: str, room: str) -> bool:
+    mine = ("common", room, *BENEATH.get(room, ()))
+    return within(name, *(f"experiments.{other}" for other in ROOMS if other not in mine))
+
+
 class Rule(NamedTuple):
     """What modules that `applies` names must not do."""
 
@@ -168,6 +176,12 @@ RULES = {
         lambda module: within(module, "experiments"),
         lambda ref: within(ref.name, "tests"),
     ),
+} | {
+    f"experiments.{room} imports no other room": Rule(
+        lambda module, room=room: within(module, f"experiments.{room}"),  # type: ignore[misc]
+        lambda ref, room=room: is_another_room(ref.name, room),  # type: ignore[misc]
+    )
+    for room in ROOMS
 }
 
 
@@ -238,6 +252,9 @@ KERNEL, OP, HELPER, ENCODER = "vit_kernels._triton.an_op", "vit_kernels.an_op", 
         ("transformers and vllm appear only", ENCODER, "def f():\n    import transformers.models"),
         ("transformers and vllm appear only", OP, "__import__('vllm')"),
         ("experiments do without the tests", "experiments.a", "from tests import conftest"),
+        ("experiments.common imports no", "experiments.common.a", "from experiments.encode import report"),
+        ("experiments.kernels imports no", "experiments.kernels.a.b", "def f():\n    import experiments.launches.text"),
+        ("experiments.encode imports no", "experiments.encode.__main__", "from experiments.gpu.summary import Outcome"),
     ],
 )
 def test_a_broken_rule_is_reported(rule: str, module: str, source: str) -> None:
@@ -258,6 +275,8 @@ def test_a_broken_rule_is_reported(rule: str, module: str, source: str) -> None:
         (ENCODER, "import torch\ntorch.ops.vit_kernels._an_op"),
         ("vit_encoder.integrations.hf", "import transformers, vllm"),
         ("experiments.a", "import transformers\nfrom vit_kernels import reference"),
+        ("experiments.encode.a", "from experiments.common import measure\nfrom experiments.encode import report"),
+        ("experiments.gpu.summary", "from experiments.encode.report import header"),
     ],
 )
 def test_what_the_rules_allow_is_not_reported(module: str, source: str) -> None:
