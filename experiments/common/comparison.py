@@ -1,4 +1,4 @@
-"""Several forms of one encoder on the same input: judged against an fp64 oracle first, timed only if right."""
+"""Several forms of one encoder on the same input: judged against an fp64 reference first, timed only if right."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ weights 4 to 9 eps were measured at 2 to 34 layers, in float32 and in bfloat16.
 
 @dataclass(frozen=True)
 class Error:
-    """Distance from the oracle, relative to the RMS of the oracle's features."""
+    """Distance from the reference, relative to the RMS of the reference's features."""
 
     rms: float
     maximum: float
@@ -45,20 +45,20 @@ def compare(
     calls: Mapping[str, Call],
     expected: Tensor,
     *,
-    yardstick: str,
+    baseline: str,
     device: torch.device,
     rounds: int | None,
     known_problems: Mapping[str, str] = {},
 ) -> list[Row]:
     """Call each form once, judge its features, and time those that are right in interleaved rounds.
 
-    Every form must be within ALLOWED_EPS of the oracle, and within the tolerance rule of `vit_kernels.testing` (at
-    most twice the error of PyTorch in the same precision) of what the yardstick makes.
+    Every form must be within ALLOWED_EPS of the reference, and within the tolerance rule of `vit_kernels.testing` (at
+    most twice the error of PyTorch in the same precision) of what the baseline makes.
 
     Args:
         calls: name of a form -> its call, which returns features.
-        expected: the oracle's features, float64.
-        yardstick: the name of the form that stands for PyTorch.
+        expected: the reference's features, float64.
+        baseline: the name of the form that stands for PyTorch.
         device: where the calls run.
         rounds: as for `interleaved`.
         known_problems: name of a form -> what an earlier check found wrong with it; such a form is not timed.
@@ -67,7 +67,7 @@ def compare(
     for row in rows.values():
         if row.features is not None:
             row.error = relative_error(row.features, expected)
-            row.problem = _judge(row.error, row.features, rows[yardstick].features, expected)
+            row.problem = _judge(row.error, row.features, rows[baseline].features, expected)
         row.problem = row.problem or known_problems.get(row.name)
     right = {name: calls[name] for name, row in rows.items() if row.problem is None}
     for name, measurement in interleaved(right, device, rounds=rounds).items():
@@ -100,14 +100,14 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
-def _judge(error: Error, features: Tensor, yardstick: Tensor | None, expected: Tensor) -> str | None:
+def _judge(error: Error, features: Tensor, baseline: Tensor | None, expected: Tensor) -> str | None:
     limit = ALLOWED_EPS * torch.finfo(features.dtype).eps
     if not (math.isfinite(error.maximum) and error.rms <= limit):
         return f"RMS error {error.rms:.2g} of the features, expected at most {ALLOWED_EPS} eps = {limit:.2g}"
-    if yardstick is None:
+    if baseline is None:
         return "nothing to compare with: the form that stands for PyTorch failed"
     try:
-        assert_close_to_reference(features, expected, yardstick)
+        assert_close_to_reference(features, expected, baseline)
     except AssertionError as difference:
         return first_line(difference)
     return None

@@ -22,8 +22,8 @@ def allow_torchvision_beside_cpu_torch() -> None:
 
     PyPI's torchvision wheel links CUDA's libraries. Without them its compiled operators do not load; it tolerates
     that, but then registers fake implementations for `torchvision::nms` and `qnms`, which do not exist, so that
-    importing it fails, and importing transformers' models with it. Declaring the two operators, without bodies, is
-    enough for its transforms, which are plain PyTorch and all that transformers' image processors need.
+    importing it fails, and importing transformers' models with it. Declaring the two operators alone is enough for its
+    transforms, which are plain PyTorch and all that transformers' image processors need.
 
     Call it before the first import of torchvision or transformers; calling it again changes nothing. Nothing is done
     where torchvision is missing, already imported, or has operators that load.

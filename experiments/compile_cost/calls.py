@@ -78,7 +78,7 @@ def _forms(model: Llama4VisionModel, pixel_values: Tensor, rounds: int) -> dict[
 
 @torch.no_grad()
 def _ops(rounds: int) -> dict[str, float]:
-    """One op registered as ours are and of attention's schema, with an empty body: 20 in a graph against none."""
+    """One op registered as ours are and of attention's schema, that does nothing: 20 in a graph against none."""
     q, cu_seqlens = torch.zeros(1, 1, 16), torch.zeros(2, dtype=torch.int32)
     _dispatch.define(
         "call_overhead(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, str? impl) -> Tensor",

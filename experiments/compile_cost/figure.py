@@ -1,4 +1,4 @@
-"""The compile ledger's figure: CPU-seconds to the first result, one bar a form."""
+"""The figure of `experiments.compile_cost`: CPU-seconds to the first result, one bar a form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OURS = "#d95f02"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw the rows of a compile ledger into a PNG file."""
+    """Draw the rows of a compile_cost report into a PNG file."""
     rows = result["rows"]
     figure = Figure(figsize=(9, 1.4 + 0.42 * len(rows)), layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""What the compile ledger compiles: an encoder, batches of several sizes for it, and the peer on the same weights."""
+"""What is compiled: an encoder, batches of several sizes for it, and the peer on the same weights."""
 
 from __future__ import annotations
 

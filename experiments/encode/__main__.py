@@ -203,7 +203,7 @@ def _compare(
     known_problems: dict[str, str],
 ) -> tuple[list[Row], GraphReport, str | None]:
     calls = _calls(subject, compilation)
-    yardstick = "transformers" if "transformers" in calls else "eager"
+    baseline = "transformers" if "transformers" in calls else "eager"
     rows: list[Row] = []
     report = GraphReport()
     problem: str | None = None
@@ -212,7 +212,7 @@ def _compare(
             rows = compare(
                 calls,
                 expected,
-                yardstick=yardstick,
+                baseline=baseline,
                 device=subject.device,
                 rounds=rounds,
                 known_problems=known_problems,

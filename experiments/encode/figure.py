@@ -162,7 +162,7 @@ def _draw_errors(axes: Axes, result: dict[str, Any]) -> None:
         axes.plot(maximum, y, "|", color=COLOURS[row["name"]], markersize=12, markeredgewidth=2)
         _label(axes, maximum, y, f"RMS {rms:.1e}, max {maximum:.1e}")
     axes.set_xscale("log")
-    _finish(axes, rows, "relative error against the fp64 oracle: RMS (dot), largest (tick)")
+    _finish(axes, rows, "relative error against the fp64 reference: RMS (dot), largest (tick)")
 
 
 def _say_wrong(axes: Axes, y: float) -> None:

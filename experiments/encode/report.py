@@ -138,8 +138,8 @@ def notes(result: dict[str, Any]) -> list[str]:
     """What the table's numbers mean, and every problem."""
     sweep, timed = sweep_of(result), [times for row in result["rows"] if (times := seconds_of(row))]
     lines = [
-        "Errors are against the fp64 oracle on the same weights, relative to the RMS of its features. "
-        f"Allowed: {result['allowed_eps']} eps, and twice what {_yardstick(result)} makes.",
+        "Errors are against the fp64 reference on the same weights, relative to the RMS of its features. "
+        f"Allowed: {result['allowed_eps']} eps, and twice what {_baseline(result)} makes.",
         f"Recompiles are over {swept_text(result)} in this order, with an encoder of "
         f"{sweep['layers']} layers of width {sweep['hidden_size']}; compiled and eager differ by at most "
         f"{sweep['deviation']:.1e} there.",
@@ -169,7 +169,7 @@ def _job_note(job: dict[str, Any], cores: int) -> str:
     return note
 
 
-def _yardstick(result: dict[str, Any]) -> str:
+def _baseline(result: dict[str, Any]) -> str:
     return "transformers" if any(row["name"] == "transformers" for row in result["rows"]) else "eager"
 
 

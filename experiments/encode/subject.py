@@ -23,7 +23,7 @@ class Subject:
         inputs: of the encoder's forward; the pixels come first.
         part, parts: what the times are divided by, and how many of it the image has: its tiles, or itself.
         description: goes into the result as it is.
-        reference: computes the oracle's features.
+        reference: computes the reference's features.
         peer: transformers' encoder on the same weights and input, or None where it is not installed.
         swept: the name of the sizes that `sweep` goes through, and these.
         sweep: calls an encoder, compiled so, with batches of several sizes.

@@ -198,7 +198,7 @@ def problem(head_dim: int) -> tuple[int, int, int, int]:
 def prepare(
     sequences: int, length: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> Attention:
-    """Random inputs, and the results to judge by: an fp64 oracle's, and PyTorch's in `dtype`."""
+    """Random inputs, and the results to judge by: an fp64 reference's, and PyTorch's in `dtype`."""
     tokens = sequences * length
     q, k, v = seeded_tensor((tokens, 3, heads, head_dim), dtype, seed=0).to(device).unbind(1)
     grad = seeded_tensor((tokens, heads, head_dim), dtype, seed=1).to(device)

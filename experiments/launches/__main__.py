@@ -1,6 +1,6 @@
-"""What the compiled encoders ask of a GPU that is not there: launches, bytes and a roofline's time, layer by layer.
+"""What the compiled encoders ask of a GPU that is not present: launches, bytes and a roofline's time, layer by layer.
 
-Inductor generates the CUDA code of our encoder, of the same encoder with PyTorch bodies for the ops, and of
+Inductor generates the CUDA code of our encoder, of the same encoder with PyTorch implementations of the ops, and of
 transformers' with a flash attention call. The code is read, not run: every time here is a model's prediction.
 """
 

@@ -40,7 +40,7 @@ from experiments.launches.models import flash_attention
 FORMS = ("eager", "Inductor alone", "Triton opaque", "Triton fused")
 GPU = "H100"
 
-Body = Callable[..., Any]
+Implementation = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class Op:
     Attributes:
         inputs: for so many tiles, on "cuda".
         pytorch: run as it is, and compiled by Inductor.
-        opaque: with our op in place of its PyTorch body.
+        opaque: with our op in place of its PyTorch implementation.
         fused: with our op that does the whole step in one pass.
         verdict: what the figures say.
     """
 
     name: str
     inputs: Callable[[int], list[Tensor]]
-    pytorch: Body
-    opaque: Body | None
-    fused: Body | None
+    pytorch: Implementation
+    opaque: Implementation | None
+    fused: Implementation | None
     verdict: str
 
 
@@ -106,18 +106,22 @@ class Row:
 
 
 def _row(op: Op, tiles: int) -> Row:
-    bodies = dict(zip(FORMS, (op.pytorch, op.pytorch, op.opaque, op.fused), strict=True))
-    forms = {form: _summary(_launches(form, body, op, tiles)) for form, body in bodies.items() if body}
+    implementations = dict(zip(FORMS, (op.pytorch, op.pytorch, op.opaque, op.fused), strict=True))
+    forms = {
+        form: _summary(_launches(form, implementation, op, tiles))
+        for form, implementation in implementations.items()
+        if implementation
+    }
     return Row(op.name, tiles, op.verdict, forms)
 
 
-def _launches(form: str, body: Body, op: Op, tiles: int) -> list[Launch]:
+def _launches(form: str, implementation: Implementation, op: Op, tiles: int) -> list[Launch]:
     with fake_cuda(torch.bfloat16), force_impl("triton" if form.startswith("Triton") else "eager"):
         with torch.device("cuda"):
             inputs = op.inputs(tiles)
         if form == "eager":
-            return eager_launches(body, *inputs)
-        return generate_cuda_code(body, *inputs).launches
+            return eager_launches(implementation, *inputs)
+        return generate_cuda_code(implementation, *inputs).launches
 
 
 def _summary(launches: list[Launch]) -> Form:

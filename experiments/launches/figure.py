@@ -1,4 +1,4 @@
-"""The graph ledger's figure: what moves the bytes of a layer, and what a roofline makes of it."""
+"""The figure of `experiments.launches`: what moves the bytes of a layer, and what a roofline makes of it."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def generate_cuda_code(function: Callable[..., Any], *args: Tensor, dynamic_tile
 
 @contextlib.contextmanager
 def _pretended_h100() -> Iterator[None]:
-    """Answers for whatever Inductor asks of PyTorch and Triton about the device that is not there."""
+    """Answers for whatever Inductor asks of PyTorch and Triton about the device that is not present."""
     install_device_guard()
 
     def properties(*_: Any) -> SimpleNamespace:

@@ -44,7 +44,7 @@ def ours_with_fused_gelu(layers: int) -> Iterator[Forward]:
 
 @contextlib.contextmanager
 def ours_on_pytorch(layers: int) -> Iterator[Forward]:
-    """The same encoder with PyTorch bodies that Inductor can fuse, for everything but attention."""
+    """The same encoder with PyTorch implementations that Inductor can fuse, for everything but attention."""
     # The in-place rotary is an operator in every implementation.
     with force_impl("eager"), mock.patch.object(attention, "rotated", rotated_on_pytorch):
         yield _encoder(layers)
@@ -69,7 +69,7 @@ def _encoder(layers: int, *, fuse_gelu: bool = False) -> Llama4VisionModel:
 
 
 def rotated_on_pytorch(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """In place of `attention.rotated`, with a body that Inductor can fuse."""
+    """In place of `attention.rotated`, with an implementation that Inductor can fuse."""
     q, k, v = qkv.chunk(3, dim=1)
     return *rotary_2d(q, k, cos, sin, interleaved=interleaved), v
 

@@ -1,4 +1,4 @@
-"""What a layer of the compiled Qwen2.5-VL encoder asks of a GPU that is not there, beside transformers' own.
+"""What a layer of the compiled Qwen2.5-VL encoder asks of a GPU that is not present, beside transformers' own.
 
 As `experiments.launches`: the code that Inductor generates is read, not run, and every time is a prediction. An
 image of 72 x 56 patches, which is 63 whole windows.
@@ -33,7 +33,7 @@ from experiments.launches.text import print_tables
 UNITS, WINDOWS = 1008, 63
 KINDS = ("windows", "full")
 NOTES = (
-    "Read off the generated code; nothing was run. Bytes, FLOPs and seconds as in the ledger of Llama 4.",
+    "Read off the generated code; nothing was run. Bytes, FLOPs and seconds as in the report of Llama 4.",
     "A layer is half of the difference between encoders of 4 and 2 layers of Qwen2.5-VL 7B's width with one kind of "
     "attention, bfloat16, an image of 72 x 56 patches.",
     "transformers gets all that it would otherwise read from the device, and our attention for flash-attn's.",
@@ -94,7 +94,7 @@ def ours(model: Qwen2_5_VLVisionModel, held: contextlib.ExitStack) -> Forward:
 
 
 def ours_on_pytorch(model: Qwen2_5_VLVisionModel, held: contextlib.ExitStack) -> Forward:
-    """With PyTorch bodies that Inductor can fuse, for everything but attention."""
+    """With PyTorch implementations that Inductor can fuse, for everything but attention."""
     held.enter_context(force_impl("eager"))
     # The in-place rotary is an operator in every implementation.
     held.enter_context(mock.patch.object(attention, "rotated", rotated_on_pytorch))

@@ -439,7 +439,7 @@ def test_processes_at_once_and_a_swapped_op(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "swapped_op.py").write_text(OP.replace("FACTOR", str(factor)))
     cache = str(tmp_path / "cache")
-    # The two bodies of the op differ in their backward only, which no graph shows before it is traced.
+    # The two implementations of the op differ in their backward only, which no graph shows before it is traced.
     at_once = [run(USES_OP, cache, PYTHONPATH=str(folders[2])) for _ in range(2)]
     assert [printed(process).split()[0] for process in at_once] == ["2.0", "2.0"]
     after = [run(USES_OP, cache, PYTHONPATH=str(folders[factor])) for factor in (2, 7)]

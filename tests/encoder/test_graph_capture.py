@@ -84,7 +84,7 @@ SCRIPT = """
 
 
     def launched(node, target):
-        '''The CUDA body of a traced op on meta tensors: what it calls, and the scratch memory of what it launches.'''
+        '''A traced op's CUDA implementation on meta tensors: what it calls, and the scratch memory of its launches.'''
         def meta(value):
             if not isinstance(value, torch.fx.Node):
                 return value

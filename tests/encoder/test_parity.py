@@ -120,7 +120,7 @@ def test_two_layers_at_the_real_width(dtype: torch.dtype) -> None:
         assert_as_exact_as_transformers(model, pixel_values)
 
 
-def test_the_oracle_is_transformers_in_double_precision() -> None:
+def test_the_reference_is_transformers_in_double_precision() -> None:
     config = Llama4VisionConfig.tiny()
     model = encoder(config, 0, torch.float64)
     pixel_values = tiles(config, 2, 0, torch.float64)
@@ -131,7 +131,7 @@ def test_the_oracle_is_transformers_in_double_precision() -> None:
 
 
 @pytest.mark.parametrize("mistake", ["rotary", "class token", "position", "last gelu"])
-def test_the_oracle_sees_a_mistake_in_bf16(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_sees_a_mistake_in_bf16(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = Llama4VisionConfig.tiny()
     model = encoder(config, 0, torch.bfloat16)
     pixel_values = tiles(config, 2, 0, torch.bfloat16)

@@ -110,7 +110,7 @@ CONFIG = Qwen2_5_VLVisionConfig.tiny()
 GRIDS = torch.tensor([[1, 10, 18], [2, 6, 8], [1, 2, 2]])
 
 
-def test_the_oracle_is_transformers_in_double_precision() -> None:
+def test_the_reference_is_transformers_in_double_precision() -> None:
     model = encoder(CONFIG, 0, torch.float64)
     pixel_values = patches(CONFIG, GRIDS, 0, torch.float64)
     expected = reference_forward(model, pixel_values, GRIDS)
@@ -120,7 +120,7 @@ def test_the_oracle_is_transformers_in_double_precision() -> None:
 
 
 @pytest.mark.parametrize("mistake", ["cos", "sin", "window_index", "reverse_index", "cu_seqlens", "cu_window_seqlens"])
-def test_the_oracle_sees_a_mistake_in_bf16(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_sees_a_mistake_in_bf16(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from vit_encoder.qwen2_5_vl import model as module
 
     compute = module.vision_metadata

@@ -1,4 +1,4 @@
-"""The ablation ledger: what each kernel saves in launches and bytes, and what it does not."""
+"""experiments.launches.ablation: what each kernel saves in launches and bytes, and what it does not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ACTIVATION = TILES * 577 * 1408 * 2
 
 @pytest.fixture(scope="module")
 def ablation(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The ablation ledger's forms by op."""
+    """The report's forms by op."""
     out = tmp_path_factory.mktemp("ablation")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "experiments.launches.ablation", "--tiles", str(TILES), "--out", str(out)]

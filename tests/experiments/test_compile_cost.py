@@ -1,4 +1,4 @@
-"""The compile ledger: its processes measure what they say, and what is wrong or failed has no figures."""
+"""experiments.compile_cost: its processes measure what they say, and what is wrong or failed has no figures."""
 
 from __future__ import annotations
 

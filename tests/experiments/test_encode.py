@@ -114,7 +114,7 @@ def test_low_precision_is_right_too(dtype: str, tmp_path: Path) -> None:
     assert all(row["error"]["rms"] > 1e-4 for row in result["rows"])
 
 
-def test_without_transformers_eager_is_the_yardstick(
+def test_without_transformers_eager_is_the_baseline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("experiments.encode.llama4.transformers_vision_model", lambda model: None)
@@ -179,7 +179,7 @@ def test_a_form_that_fails_is_reported_and_the_others_are_timed(
     monkeypatch.setattr("experiments.encode.llama4.transformers_vision_model", lambda model: Broken())
     result = run(tmp_path, code=1)
     assert rows(result)["transformers"]["problem"] == "RuntimeError: no kernel image"
-    assert "yardstick" not in result
+    assert "baseline" not in result
 
 
 def test_more_than_one_graph_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -350,7 +350,7 @@ def features(error_in_eps: float) -> tuple[Tensor, Tensor]:
 def test_which_errors_are_wrong(pytorch: float, other: float, wrong: list[str]) -> None:
     expected = features(0)[0]
     calls = {"other": lambda: features(other)[1], "pytorch": lambda: features(pytorch)[1]}
-    compared = compare(calls, expected, yardstick="pytorch", device=CPU, rounds=1)
+    compared = compare(calls, expected, baseline="pytorch", device=CPU, rounds=1)
     assert sorted(row.name for row in compared if row.problem) == sorted(wrong)
     assert sorted(row.name for row in compared if not row.timing.seconds) == sorted(wrong)
 

@@ -1,4 +1,4 @@
-"""The graph ledger: a layer's launches and bytes as generated, and that the ledger counts what is there."""
+"""experiments.launches: a layer's launches and bytes as generated, and that the report counts what is there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WEIGHTS = 1408 * (3 * 1408 + 1408 + 2 * 5632) * 2
 @pytest.fixture(scope="module")
 def layers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """A layer of each encoder, 16 tiles, static shapes, from a process of its own."""
-    out = tmp_path_factory.mktemp("ledger")
+    out = tmp_path_factory.mktemp("report")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "experiments.launches", "--tiles", str(TILES), "--shapes", "static"]
     command += ["--encoders", "ours", "ours, fused GELU", "transformers", "--out", str(out)]

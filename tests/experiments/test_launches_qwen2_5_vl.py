@@ -18,7 +18,7 @@ KINDS = ["windows", "full"]
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """A row for each encoder and kind of attention, static shapes, from a process of its own."""
-    out = tmp_path_factory.mktemp("ledger")
+    out = tmp_path_factory.mktemp("report")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "experiments.launches.qwen2_5_vl", "--encoders", "ours", "transformers"]
     finished = subprocess.run(

@@ -45,25 +45,25 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", NAMES)
-def test_every_form_of_a_case_computes_what_the_oracle_does(name: str) -> None:
+def test_every_form_of_a_case_computes_what_the_reference_does(name: str) -> None:
     case = case_builders(CPU)[name]()
-    yardstick = case.calls[case.yardstick]()()
+    baseline = case.calls[case.baseline]()()
     assert case.calls.keys() == set(contenders(name))
     for contender in set(contenders(name)) - {OURS, *PEERS}:
-        assert judge(case.calls[contender](), case.expected, yardstick) is None, contender
+        assert judge(case.calls[contender](), case.expected, baseline) is None, contender
     with corrected_interpreter(), force_impl("triton"):
-        assert judge(case.calls[OURS](), case.expected, yardstick) is None
+        assert judge(case.calls[OURS](), case.expected, baseline) is None
 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_result_that_is_off_by_little_is_found(name: str) -> None:
     case = case_builders(CPU)[name]()
-    yardstick = case.calls[case.yardstick]()()
-    for place in range(len(yardstick)):
-        spoilt = tuple(x.clone() for x in yardstick)
+    baseline = case.calls[case.baseline]()()
+    for place in range(len(baseline)):
+        spoilt = tuple(x.clone() for x in baseline)
         spoilt[place].view(-1)[-1] += 0.01
-        problem = judge(partial(tuple, spoilt), case.expected, yardstick)
+        problem = judge(partial(tuple, spoilt), case.expected, baseline)
         assert problem is not None
         assert problem.startswith("wrong: ")
 
@@ -114,7 +114,7 @@ def test_peers_are_called_as_they_document(monkeypatch: pytest.MonkeyPatch, name
     for module, stand_in in STAND_INS.items():
         setattr(sys.modules[module], stand_in.__name__, stand_in)
     case = case_builders(CPU)[name]()
-    assert judge(case.calls[peer](), case.expected, case.calls[case.yardstick]()()) is None
+    assert judge(case.calls[peer](), case.expected, case.calls[case.baseline]()()) is None
 
 
 @pytest.mark.usefixtures("small")

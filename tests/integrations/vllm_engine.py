@@ -68,22 +68,22 @@ class Inspector:
 
         The first question starts the counting.
         """
-        bodies = importlib.import_module("vit_kernels.varlen_attention").IMPLEMENTATIONS
-        if not isinstance(bodies["eager"], _Counted):
-            bodies["eager"] = _Counted(bodies["eager"])
-        return bodies["eager"].take()
+        implementations = importlib.import_module("vit_kernels.varlen_attention").IMPLEMENTATIONS
+        if not isinstance(implementations["eager"], _Counted):
+            implementations["eager"] = _Counted(implementations["eager"])
+        return implementations["eager"].take()
 
 
 class _Counted:
-    def __init__(self, body: Callable[..., torch.Tensor]) -> None:
-        self.body = body
+    def __init__(self, implementation: Callable[..., torch.Tensor]) -> None:
+        self.implementation = implementation
         self.counts = Counter[str]()
 
     def __call__(self, *args: Any) -> torch.Tensor:
         # vLLM has a folder of this name for each compiled model.
         compiled = any("/inductor_cache/" in frame.f_code.co_filename for frame, _ in traceback.walk_stack(None))
         self.counts.update(calls=1, compiled=int(compiled))
-        return self.body(*args)
+        return self.implementation(*args)
 
     def take(self) -> dict[str, int]:
         counts, self.counts = self.counts, Counter[str]()

@@ -302,7 +302,7 @@ FORWARD = BLOCKS | {"BLOCK_M": 32, "BLOCK_LAST": 16, "BLOCK_N_LAST": 16}
 
 
 class Attention:
-    """Inputs of one call, and what PyTorch and the oracles make of them."""
+    """Inputs of one call, and what PyTorch and the references make of them."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What the compilers make of the kernels for five GPUs that are not there: nothing here is run or timed."""
+"""What the compilers make of the kernels for five GPUs that are not present: nothing here is run or timed."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""force_impl decides which body of an op runs: for one thread or task, while it lasts, and in compiled code too."""
+"""force_impl decides which implementation of an op runs: for a thread or task, while it lasts, compiled code too."""
 
 import asyncio
 import contextlib

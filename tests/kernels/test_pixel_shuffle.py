@@ -1,4 +1,4 @@
-"""pixel_shuffle only moves values: equal to its oracle bit for bit, a bijection, and never a copy of its input."""
+"""pixel_shuffle only moves values: equal to its reference bit for bit, a bijection, and never a copy of its input."""
 
 from typing import NamedTuple
 
@@ -190,7 +190,7 @@ def test_inductor_makes_one_graph_for_any_number_of_tiles(form: str) -> None:
 def test_gradcheck(rows: int, columns: int, factor: int, seed: int) -> None:
     x = seeded_tensor((2, factor * rows * factor * columns, 2), torch.float64, seed).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: pixel_shuffle(x, factor * rows, factor * columns, factor), x)
-    # The op too, whose backward is ours; its body runs the same PyTorch operators.
+    # The op too, whose backward is ours; its implementation runs the same PyTorch operators.
     op = torch.ops.vit_kernels.pixel_shuffle.default
     assert torch.autograd.gradcheck(lambda x: op(x, factor * rows, factor * columns, factor, "eager"), x)
     assert torch.autograd.gradgradcheck(lambda x: op(x, factor * rows, factor * columns, factor, "eager"), x)

@@ -1,4 +1,4 @@
-"""rotary_2d against its oracle and against what a rotation is: lengths kept, and only relative positions seen."""
+"""rotary_2d against its reference and against what a rotation is: lengths kept, and only relative positions seen."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -328,7 +328,7 @@ def test_gradcheck(data: st.DataObject, interleaved: bool) -> None:
     q, k = (seeded_tensor((6, heads, 8), torch.float64, data.draw(seeds())).requires_grad_() for heads in (2, 1))
     cos, sin = tables(seeded_tensor((3, 4), torch.float64, data.draw(seeds())))
     assert torch.autograd.gradcheck(lambda q, k: rotary_2d(q, k, cos, sin, interleaved=interleaved), (q, k))
-    # The op too, whose backward is ours; its body runs the same PyTorch operators.
+    # The op too, whose backward is ours; its implementation runs the same PyTorch operators.
     op = torch.ops.vit_kernels.rotary_2d.default
     assert torch.autograd.gradcheck(lambda q, k: op(q, k, cos, sin, interleaved, "eager"), (q, k))
     assert torch.autograd.gradgradcheck(lambda q, k: op(q, k, cos, sin, interleaved, "eager"), (q, k))

@@ -1,4 +1,4 @@
-"""Infinities, NaN, zeros, subnormal and huge numbers, and tensors without elements, in every op and body.
+"""Infinities, NaN, zeros, subnormal and huge numbers, and tensors without elements, in every op and implementation.
 
 The rule: an op gives NaN and infinities where the fp64 reference does and nowhere else, but
 
@@ -153,7 +153,7 @@ def test_varlen_attention(form: str, data: st.DataObject, dtype: torch.dtype, sc
 
 @given(data=st.data(), dtype=dtypes(), where=st.sampled_from(["q", "k", "v", "grad"]))
 def test_gradients_of_varlen_attention(data: st.DataObject, dtype: torch.dtype, where: str) -> None:
-    """NaN and infinities where the eager body in fp64 has them; more only where an underflow meets an infinity."""
+    """NaN and infinities where eager has them in fp64; more only where an underflow meets infinity."""
     lengths, shape = (20, 33), (53, 1, 16)
     tensors = {name: seeded_tensor(shape, dtype, data.draw(seeds())) for name in ("q", "k", "v", "grad")}
     tensors[where] = data.draw(special_tensors(shape, dtype, QUIET))

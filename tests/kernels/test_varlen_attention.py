@@ -1,4 +1,4 @@
-"""varlen_attention against its oracle, against what softmax promises, and with boundaries that make no sense."""
+"""varlen_attention against its reference, against what softmax promises, and with boundaries that make no sense."""
 
 import itertools
 import math

@@ -56,7 +56,7 @@ def test_the_log_sum_exp_matches_the_reference(
     assert_same_bits(out, attend(form, case, scale))
     boundaries_k = case.cu_seqlens_k
     expected = varlen_attention_lse_reference(case.q, case.k, case.cu_seqlens, cu_seqlens_k=boundaries_k, scale=scale)
-    # Of float64, PyTorch's own error is that of the oracle.
+    # Of float64, PyTorch's own error is that of the reference.
     precision = torch.promote_types(case.q.dtype, torch.float32)
     baseline = pytorch_lse(case, scale, precision)
     if precision == torch.float64:

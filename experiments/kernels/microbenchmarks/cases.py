@@ -46,7 +46,7 @@ class Case:
 
     Attributes:
         expected: the results in fp64.
-        yardstick: the contender that stands for PyTorch in the tolerance rule.
+        baseline: the contender that stands for PyTorch in the tolerance rule.
         nbytes: what must be read and written at least, once each.
         flops: useful ones of matrix products.
         calls: contender -> what prepares it and returns its call. A call may work in place, on a copy of its own: only
@@ -55,7 +55,7 @@ class Case:
 
     sizes: str
     expected: Results
-    yardstick: str
+    baseline: str
     nbytes: int
     flops: int
     calls: dict[str, Callable[[], Call]] = field(repr=False)
@@ -127,7 +127,7 @@ def _ready(call: Callable[..., Results | Tensor], *args: Any) -> Callable[[], Ca
 
 
 def _eager(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The op's PyTorch body."""
+    """The op's PyTorch implementation."""
 
     def run(*args: Any) -> Any:
         with force_impl("eager"):
@@ -173,7 +173,7 @@ def _linear_gelu(setting: Setting) -> Case:
     tokens, features = setting.tiles * POSITIONS, 4 * WIDTH
     x, bias = setting.tensor(tokens, WIDTH), setting.tensor(features, seed=2)
     weight = setting.tensor(features, WIDTH, seed=1) * WIDTH**-0.5
-    # The oracle of `vit_kernels.reference` holds every product of it.
+    # The reference of `vit_kernels.reference` holds every product of it.
     expected = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
     nbytes = _bytes_of(x, weight, bias) + 4 * _bytes_of(x)
     sizes = f"{tokens} x {WIDTH} x {features}"

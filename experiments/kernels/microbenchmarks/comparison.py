@@ -52,13 +52,13 @@ def absence(contender: str, device: torch.device) -> str | None:
 def compare(case: Case, names: tuple[str, ...], setting: Setting, timer: Timer) -> tuple[dict[str, Outcome], Ceilings]:
     """Judge, then time in interleaved rounds, so that drift reaches contenders and ceilings alike."""
     outcomes = {name: Outcome(absent=absence(name, setting.device)) for name in names}
-    yardstick = case.calls[case.yardstick]()()
+    baseline = case.calls[case.baseline]()()
     runs: dict[str, Run] = {}
     for name, outcome in outcomes.items():
         if outcome.absent is None:
             try:
                 call = case.calls[name]()
-                outcome.problem = judge(call, case.expected, yardstick)
+                outcome.problem = judge(call, case.expected, baseline)
                 runs |= {} if outcome.problem else {name: call}
             # A peer of another version may raise anything; it must not keep the others from being measured.
             except Exception as error:

@@ -1,4 +1,4 @@
-"""Compile kernels for GPUs that are not there and read what came out: registers, spills, instructions, occupancy.
+"""Compile kernels for GPUs that are not present and read what came out: registers, spills, instructions, occupancy.
 
 Needs a process whose kernels are compiled, not interpreted (TRITON_INTERPRET unset), and no GPU: Triton's wheel brings
 ptxas and nvdisasm.
