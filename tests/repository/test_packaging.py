@@ -58,7 +58,7 @@ def clean_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0] for name in names} == {"vit_kernels", "vit_encoder", "vit_kernels-0.1.0.dist-info"}
+    assert {name.partition("/")[0] for name in names} == {"vit_kernels", "vit_encoder", "vit_kernels-0.2.0.dist-info"}
     assert {"vit_kernels/py.typed", "vit_encoder/py.typed"} <= set(names)
     sources = {
         path.relative_to(root).as_posix()
