@@ -28,6 +28,17 @@ from tests.kernels.test_int64_offsets import spread
 from tests.support import EVERY_FORM_AND_DTYPE, FORMS, IMPLEMENTATIONS, assert_same_bits, dtypes_of, launched_on, run
 
 
+@pytest.mark.quick
+def test_example() -> None:
+    """The Triton kernel on CPU tensors: two tiles of 2 x 4 tokens."""
+    x = seeded_tensor((2, 8, 16), torch.bfloat16, seed=0)  # [tiles, height * width, channels]
+    weight, bias = (seeded_tensor((16,), torch.bfloat16, seed=seed) for seed in (1, 2))
+    with corrected_interpreter(), force_impl("triton"):
+        out = layer_norm_pixel_shuffle(x, weight, bias, height=2, width=4)  # [2, 2, 64]
+    expected = layer_norm_pixel_shuffle_reference(x, weight, bias, 2, 4, 2)  # float64
+    assert_close_to_reference(out, expected, in_pytorch(x, weight, bias, 2, 4, 2))
+
+
 class Case(NamedTuple):
     padded: NanPadded
     weight: Tensor

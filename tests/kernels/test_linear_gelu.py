@@ -30,6 +30,17 @@ from tests.support import EVERY_FORM_AND_DTYPE, FORMS, IMPLEMENTATIONS, assert_s
 BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2, "INPUT_PRECISION": "ieee"}
 
 
+@pytest.mark.quick
+def test_example() -> None:
+    """The Triton kernel on CPU tensors."""
+    x, weight = (seeded_tensor((20, 16), torch.bfloat16, seed=seed) for seed in (0, 1))  # [tokens, in], [out, in]
+    bias = seeded_tensor((20,), torch.bfloat16, seed=2)
+    with corrected_interpreter(), force_impl("triton"):
+        out = linear_gelu(x, weight, bias)  # [tokens, out]
+    expected = linear_gelu_reference(x, weight, bias)  # float64
+    assert_close_to_reference(out, expected, F.gelu(F.linear(x, weight, bias)))  # PyTorch in the same precision
+
+
 class Case(NamedTuple):
     x: NanPadded
     weight: NanPadded

@@ -26,6 +26,16 @@ from tests.support import (
 )
 
 
+@pytest.mark.quick
+def test_example() -> None:
+    """The Triton kernel on CPU tensors: two tiles of 2 x 4 tokens."""
+    x = seeded_tensor((2, 8, 16), torch.bfloat16, seed=0)  # [tiles, height * width, channels]
+    with corrected_interpreter(), force_impl("triton"):
+        out = pixel_shuffle(x, height=2, width=4)
+    assert out.shape == (2, 2, 64)  # [tiles, (height // 2) * (width // 2), 4 * channels]
+    assert torch.equal(out, pixel_shuffle_reference(x, 2, 4, 2))
+
+
 class Case(NamedTuple):
     padded: NanPadded
     height: int

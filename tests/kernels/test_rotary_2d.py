@@ -27,6 +27,18 @@ from tests.support import EVERY_FORM_AND_DTYPE, FORMS, IMPLEMENTATIONS, assert_s
 Pair = tuple[Tensor, Tensor]
 
 
+@pytest.mark.quick
+def test_example() -> None:
+    """The Triton kernel on CPU tensors: 6 tokens at 3 positions, two heads of 16 channels."""
+    q, k = (seeded_tensor((6, 2, 16), torch.bfloat16, seed=seed) for seed in (0, 1))  # [tokens, heads, head_dim]
+    angles = torch.arange(3)[:, None] * torch.linspace(0.1, 1, 8)  # [positions, head_dim // 2]
+    with corrected_interpreter(), force_impl("triton"):
+        out = rotary_2d(q, k, angles.cos(), angles.sin())
+    expected = rotary_2d_reference(q, k, angles.cos(), angles.sin())  # float64
+    baseline = pytorch_rotation(q, angles.cos(), angles.sin(), True)  # PyTorch in the same precision
+    assert_close_to_reference(out[0], expected[0], baseline)
+
+
 class Case(NamedTuple):
     q: Tensor
     k: Tensor

@@ -26,6 +26,18 @@ from tests.kernels.test_rotary_2d import pytorch_rotation, tables
 from tests.support import EVERY_FORM_AND_DTYPE, FORMS, IMPLEMENTATIONS, assert_same_bits, dtypes_of, launched_on, run
 
 
+@pytest.mark.quick
+def test_example() -> None:
+    """The Triton kernel on CPU tensors: a packed projection of 6 tokens, two heads each of q, k and v."""
+    qkv = seeded_tensor((6, 3 * 2, 16), torch.bfloat16, seed=0)  # [tokens, 3 * heads, head_dim]
+    angles = torch.arange(3)[:, None] * torch.linspace(0.1, 1, 8)  # [positions, head_dim // 2]
+    q, k, v = qkv.clone().chunk(3, dim=1)
+    with corrected_interpreter(), force_impl("triton"):
+        rotary_2d_qkv_(qkv, angles.cos(), angles.sin())  # in place
+        rotated = rotary_2d(q, k, angles.cos(), angles.sin())
+    assert torch.equal(qkv, torch.cat([*rotated, v], dim=1))
+
+
 class Case(NamedTuple):
     qkv: Tensor
     kv_heads: int

@@ -44,6 +44,21 @@ BOUNDARY_LENGTHS = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
 INT32 = torch.iinfo(torch.int32)
 
 
+@pytest.mark.quick
+def test_example() -> None:
+    """The Triton kernel on CPU tensors: two sequences of 5 and 20 tokens, one after the other."""
+    q, k, v = seeded_tensor((3, 25, 2, 88), torch.bfloat16, seed=0).unbind()  # 3 x [tokens, heads, head_dim]
+    cu_seqlens = torch.tensor([0, 5, 25], dtype=torch.int32)
+    with corrected_interpreter(), force_impl("triton"):
+        out = varlen_attention(q, k, v, cu_seqlens)  # [tokens, heads, head_dim]
+    expected = varlen_attention_reference(q, k, v, cu_seqlens)  # float64
+    baseline = [  # PyTorch in the same precision
+        F.scaled_dot_product_attention(*(x[i:j].transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
+        for i, j in ((0, 5), (5, 25))
+    ]
+    assert_close_to_reference(out, expected, torch.cat(baseline))
+
+
 class Case(NamedTuple):
     q: Tensor
     k: Tensor
