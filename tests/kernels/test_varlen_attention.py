@@ -52,10 +52,8 @@ def test_example() -> None:
     with corrected_interpreter(), force_impl("triton"):
         out = varlen_attention(q, k, v, cu_seqlens)  # [tokens, heads, head_dim]
     expected = varlen_attention_reference(q, k, v, cu_seqlens)  # float64
-    baseline = [  # PyTorch in the same precision
-        F.scaled_dot_product_attention(*(x[i:j].transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
-        for i, j in ((0, 5), (5, 25))
-    ]
+    sequences = [[x[i:j].transpose(0, 1) for x in (q, k, v)] for i, j in ((0, 5), (5, 25))]  # [heads, length, head_dim]
+    baseline = [F.scaled_dot_product_attention(q, k, v).transpose(0, 1) for q, k, v in sequences]  # in bfloat16 too
     assert_close_to_reference(out, expected, torch.cat(baseline))
 
 
