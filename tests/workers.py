@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 BYTES_OF_A_WORKER = 3 << 30
-"""A worker grows to 1.7 GB, and so does the largest process that its tests start; seldom both."""
+"""A worker was seen to grow to 1.7 GB, and the largest process that its tests start, for a short time, to 2.8."""
 
 
 def worker_count(*, cores: int, memory: int, files: list[str], in_process: bool) -> int:

@@ -10,6 +10,8 @@ import pytest
 from tests.kernels.mutant_checks import killer
 from tests.kernels.mutants import MODULES, Mutant, mutants_of, source_of
 
+pytestmark = pytest.mark.costly
+
 SAMPLE_OF_A_FUNCTION = 2
 
 MUTANTS = {
