@@ -117,7 +117,7 @@ def comparison_text(
         f'  <img alt="The tables below as bars" src="{base}-light.svg">',
         "</picture>",
         "",
-        f"| one layer of Llama 4, {TILES} tiles, bfloat16: read off the CUDA code, saved by fusion | launches | GB moved |",
+        f"| one layer of Llama 4, {TILES} tiles, bfloat16, read off the CUDA code | launches | GB moved |",
         "| --- | ---: | ---: |",
         *(f"| {name} | {launches:g} | {moved:.2f} |" for name, (launches, moved) in layers.items()),
         "",
@@ -154,11 +154,12 @@ def results_text(folder: Path) -> str:
         ValueError: one of them says that something was wrong.
     """
     intro = (
-        "# Results\n\nThe JSON files of this folder were written by the commands that `python -m experiments` lists, with "
-        "their date and versions inside; `peers.*` by `./scripts/test_peers.sh`; `range_splitting.json` and "
-        "`rotate_queries.json` by experiments that are settled and gone. Below is the main job, `./scripts/run.sh`: a photograph is cut into tiles (Llama 4) or resized to whole patches (Qwen2.5-VL) "
-        "and encoded eagerly, compiled and by transformers, all on the same weights. Each result is first compared "
-        "with an fp64 reference; what is wrong is not timed.\n\n"
+        "# Results\n\nThe JSON files of this folder were written by the commands that `python -m experiments` lists, "
+        "with their date and versions inside; `peers.*` by `./scripts/test_peers.sh`; `range_splitting.json` and "
+        "`rotate_queries.json` by experiments that are settled and gone. Below is the main job, `./scripts/run.sh`: a "
+        "photograph is cut into tiles (Llama 4) or resized to whole patches (Qwen2.5-VL) and encoded eagerly, compiled "
+        "and by transformers, all on the same weights. Each result is first compared with an fp64 reference; what is "
+        "wrong is not timed.\n\n"
         "On a CPU the encoder is bound by its matrix products, so compiling gains little or nothing there: it is for "
         "the launches and the memory traffic of a GPU. Written by `scripts/update_readme.py`."
     )
