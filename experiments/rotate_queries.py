@@ -27,14 +27,18 @@ RESULTS = Path(__file__).parent / "results" / "rotate_queries.json"
 
 _ROTATE = '''
 @triton.jit
-def _rotate(x, cos_ptr, sin_ptr, rows, FIRST: tl.constexpr, HALF: tl.constexpr):
-    """Pairs (2j, 2j + 1) of the columns of x, which start at pair FIRST, turned by the tables' rows."""
-    j = FIRST + tl.arange(0, x.shape[1] // 2)[None, :]
-    cos = tl.load(cos_ptr + rows[:, None] * HALF + j, mask=j < HALF, other=0.0)
-    sin = tl.load(sin_ptr + rows[:, None] * HALF + j, mask=j < HALF, other=0.0)
-    a, b = tl.split(tl.reshape(x.to(tl.float32), (x.shape[0], x.shape[1] // 2, 2)))
-    turned = tl.join(a * cos - b * sin, a * sin + b * cos)
-    return tl.reshape(turned, x.shape).to(x.dtype)
+def _rotate(q, cos_ptr, sin_ptr, rows, HALF: tl.constexpr):
+    """Pairs (2j, 2j + 1) of the columns of q, turned by the tables' rows."""
+    turned = ()
+    for block in tl.static_range(len(q)):
+        x = q[block]
+        j = block * q[0].shape[1] // 2 + tl.arange(0, x.shape[1] // 2)[None, :]
+        cos = tl.load(cos_ptr + rows[:, None] * HALF + j, mask=j < HALF, other=0.0)
+        sin = tl.load(sin_ptr + rows[:, None] * HALF + j, mask=j < HALF, other=0.0)
+        a, b = tl.split(tl.reshape(x.to(tl.float32), (x.shape[0], x.shape[1] // 2, 2)))
+        pairs = tl.join(a * cos - b * sin, a * sin + b * cos)
+        turned += (tl.reshape(pairs, x.shape).to(x.dtype),)
+    return turned
 
 
 @triton.jit
@@ -45,13 +49,8 @@ _CHANGES = (
     ("    v_ptr,\n    out_ptr,\n", "    v_ptr,\n    cos_ptr,\n    sin_ptr,\n    positions,\n    out_ptr,\n", 2),
     ("q_ptr, k_ptr, v_ptr, out_ptr,", "q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, positions, out_ptr,", 2),
     (
-        "    q_1 = q_0\n",
-        "    rows = m % positions\n    q_0 = _rotate(q_0, cos_ptr, sin_ptr, rows, 0, HEAD_DIM // 2)\n    q_1 = q_0\n",
-        1,
-    ),
-    (
-        "        acc_1 = tl.zeros(",
-        "        q_1 = _rotate(q_1, cos_ptr, sin_ptr, rows, BLOCK_D0 // 2, HEAD_DIM // 2)\n        acc_1 = tl.zeros(",
+        "    acc = zero_head(",
+        "    q = _rotate(q, cos_ptr, sin_ptr, m % positions, HEAD_DIM // 2)\n    acc = zero_head(",
         1,
     ),
     ("    scale: float,\n    *,\n", "    scale: float,\n    cos: torch.Tensor,\n    sin: torch.Tensor,\n    *,\n", 1),
