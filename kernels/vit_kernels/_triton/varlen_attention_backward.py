@@ -247,12 +247,13 @@ def grad_q_kernel(
     acc = zero_head(BLOCK_M, BLOCK_D0, BLOCK_D1)  # [BLOCK_M, head_dim]
     q = ()
     grad = ()
-    delta = tl.zeros((BLOCK_M,), tl.float32)  # [BLOCK_M]
+    delta = None
     for block in tl.static_range(len(acc)):
         q += (load_columns(q_rows, in_sequence, block, HEAD_DIM, BLOCK_D0, BLOCK_D1),)  # [BLOCK_M, columns]
         grad += (load_columns(grad_ptr + row, in_sequence, block, HEAD_DIM, BLOCK_D0, BLOCK_D1),)  # [BLOCK_M, columns]
         out = load_columns(out_ptr + row, in_sequence, block, HEAD_DIM, BLOCK_D0, BLOCK_D1)  # [BLOCK_M, columns]
-        delta += tl.sum(out.to(tl.float32) * grad[block].to(tl.float32), 1)  # [BLOCK_M]
+        of_block = tl.sum(out.to(tl.float32) * grad[block].to(tl.float32), 1)  # [BLOCK_M]
+        delta = of_block if delta is None else delta + of_block  # [BLOCK_M]
     head_rows = head * total_tokens + t  # [BLOCK_M]
     if grad_lse_ptr is not None:
         delta -= tl.load(grad_lse_ptr + head_rows, mask=m < queries, other=0.0)  # [BLOCK_M]
