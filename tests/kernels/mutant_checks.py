@@ -611,6 +611,7 @@ BACKWARD_CHECKS = (
 CHECKS: dict[str, tuple[Callable[[], None], ...]] = {
     "sequences": (*FORWARD_CHECKS, *BACKWARD_CHECKS),
     "strides": (factors_strides,),
+    "head": (*FORWARD_CHECKS, *BACKWARD_CHECKS),
     "varlen_attention": FORWARD_CHECKS,
     "varlen_attention_backward": BACKWARD_CHECKS,
     "rotary_2d": (rotates, rotates_heads_of_one_side, rotates_from_far),

@@ -17,6 +17,7 @@ import vit_kernels
 MODULES = (
     "sequences",
     "strides",
+    "head",
     "varlen_attention",
     "varlen_attention_backward",
     "rotary_2d",
@@ -165,6 +166,8 @@ def _of_call(node: ast.Call) -> Iterator[ast.AST]:
         case ast.Name(id="range"), [stop]:
             yield ast.Call(node.func, [_plus_one(stop)], [])
             yield ast.Call(node.func, [ast.BinOp(stop, ast.Sub(), ast.Constant(1))], [])
+        case ast.Attribute(attr="static_range"), [stop]:
+            yield ast.Call(node.func, [ast.BinOp(stop, ast.Sub(), ast.Constant(1))], [])
         case ast.Name(id="float"), [ast.Constant()]:
             yield ast.Constant(0.0)
         case ast.Attribute(attr="where"), [_, chosen, other]:
@@ -215,7 +218,7 @@ def installed(mutant: Mutant) -> Iterator[None]:
 
     The modules that import the mutated one are imported afresh.
     """
-    fresh = MODULES if mutant.module in ("sequences", "strides") else (mutant.module,)
+    fresh = MODULES if mutant.module in ("sequences", "strides", "head") else (mutant.module,)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as imports:
         for name in fresh:
             path = Path(folder) / f"{name}.py"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.testing import CompileCounterWithBackend
 from vit_kernels import force_impl, layer_norm_pixel_shuffle
-from vit_kernels._triton import configurations
+from vit_kernels._triton import layer_norm_pixel_shuffle as kernel
 from vit_kernels.reference import layer_norm_pixel_shuffle_reference, pixel_shuffle_reference
 from vit_kernels.testing import (
     NanPadded,
@@ -269,8 +269,8 @@ def test_the_error_names_the_argument(wrong: dict[str, Any], error: type[Excepti
 def test_the_register_limit_is_for_the_compiler_that_needs_it(
     version: str, dtype: torch.dtype, target: str, options: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert configurations.norm_options(dtype) == {}
+    assert kernel.options(dtype) == {}
     monkeypatch.setattr("triton.__version__", version)
     monkeypatch.setattr("triton.knobs.runtime.interpret", False)
-    monkeypatch.setattr(configurations, "_current_target", lambda: target)
-    assert configurations.norm_options(dtype) == options
+    monkeypatch.setattr(kernel, "current_target", lambda: target)
+    assert kernel.options(dtype) == options

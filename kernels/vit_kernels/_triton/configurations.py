@@ -1,12 +1,13 @@
-"""Which block sizes the attention kernels are compiled with: the ones kept for each target, and the tuned one."""
+"""Which block sizes kernels are compiled with: the ones kept for each target, and the tuned one."""
 
 import functools
 import json
 import os
 import re
 import warnings
+from collections.abc import Container
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,59 +15,79 @@ import triton
 Configuration = dict[str, Any]
 """Constexpr arguments of a kernel, with num_warps and num_stages."""
 
-Blocks = tuple[int, int, int, int]
-"""BLOCK_M, BLOCK_N, num_warps, num_stages."""
+
+class Row(NamedTuple):
+    """Block sizes of a kernel that are kept for some dtypes, head_dims and targets, the default first."""
+
+    kernel: str
+    dtypes: tuple[torch.dtype, ...]
+    head_dims: Container[int]
+    targets: tuple[str, ...]
+    blocks: tuple[tuple[int, ...], ...]
+
+
+_NAMES = {
+    4: ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
+    5: ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"),
+}
+"""Of block sizes, by how many they are."""
+
+_HALF, _FLOAT32 = (torch.float16, torch.bfloat16), (torch.float32,)
+_NVIDIA, _AMD = ("sm_80", "sm_90", "sm_100"), ("gfx9",)
+_ENDING_IN_16 = (24, 40, 48, 72, 80)
+"""What `split_head_dim` gives a second block of 16 columns: a larger tile's threads would load 8 bytes each of it."""
+_TO_128, _ALL = range(129), range(257)
 
 # Kept is what compiles, for every head_dim of its row, without spills and with 16-byte loads of q, k and v in the
-# main loop; the order is a guess until a GPU has timed it. (64, 64) with 3 stages is the middle of what NVIDIA's
-# GPUs hold twice. On AMD a matrix instruction covers 32 rows a wave: more waves than BLOCK_M / 32 would repeat work.
-_WIDE_COLUMNS: dict[str, list[Blocks]] = {
-    "sm_80": [(64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3)],
-    "sm_90": [(64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2)],
-    "sm_100": [(64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2)],
-    "gfx9": [(64, 64, 2, 1), (64, 64, 2, 2), (128, 64, 4, 1), (128, 64, 4, 2)],
-}
-# Columns that end in a block of 16 (head_dim 72, 80): the threads of a larger block would load 8 bytes each of it.
-_16_COLUMNS: dict[str, list[Blocks]] = {
-    "sm_80": [(64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2)],
-    "sm_90": [(64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2), (64, 128, 4, 2)],
-    "sm_100": [(64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2), (64, 128, 4, 2)],
-    "gfx9": [(64, 64, 2, 2), (64, 64, 2, 1), (32, 64, 1, 1), (128, 128, 4, 1)],
-}
+# main loop; the order is a guess until a GPU has timed it. (64, 64) with 3 stages is the middle of what NVIDIA's GPUs
+# hold twice. On AMD a matrix instruction covers 32 rows a wave: more waves than BLOCK_M / 32 would repeat work. Of the
+# product in linear_gelu more than 64 accumulators a thread spill on NVIDIA, and (256, 128) leaves the tensor memory of
+# sm_100 unused.
+#
+# The first row that matches is taken.
+_KEPT = (
+    Row("varlen_attention", _FLOAT32, _TO_128, _NVIDIA, ((16, 32, 4, 2), (16, 16, 4, 2), (16, 64, 4, 2))),
+    Row("varlen_attention", _FLOAT32, _TO_128, _AMD, ((32, 32, 4, 2), (16, 32, 4, 2), (32, 16, 4, 2))),
+    Row("varlen_attention", _FLOAT32, _ALL, _NVIDIA + _AMD, ((16, 16, 8, 2),)),
+    Row("varlen_attention", _HALF, _ENDING_IN_16, ("sm_80",), ((64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2))),
+    Row(
+        "varlen_attention", _HALF, _ENDING_IN_16, ("sm_90", "sm_100"),
+        ((64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2), (64, 128, 4, 2)),
+    ),
+    Row(
+        "varlen_attention", _HALF, _ENDING_IN_16, _AMD,
+        ((64, 64, 2, 2), (64, 64, 2, 1), (32, 64, 1, 1), (128, 128, 4, 1)),
+    ),
+    Row("varlen_attention", _HALF, _TO_128, ("sm_80",), ((64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3))),
+    Row(
+        "varlen_attention", _HALF, _TO_128, ("sm_90", "sm_100"),
+        ((64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
+    ),
+    Row(
+        "varlen_attention", _HALF, _TO_128, _AMD,
+        ((64, 64, 2, 1), (64, 64, 2, 2), (128, 64, 4, 1), (128, 64, 4, 2)),
+    ),
+    Row("varlen_attention", _HALF, _ALL, ("sm_80",), ((64, 32, 8, 2), (32, 32, 4, 2))),
+    Row("varlen_attention", _HALF, _ALL, ("sm_90", "sm_100"), ((64, 32, 4, 2), (64, 32, 8, 2), (128, 32, 8, 2))),
+    Row("varlen_attention", _HALF, _ALL, _AMD, ((64, 32, 2, 1), (128, 32, 4, 1))),
+    Row("grad_q", _HALF, _TO_128, _NVIDIA, ((64, 32, 4, 2), (16, 64, 4, 2))),
+    Row("grad_q", _HALF, _TO_128, _AMD, ((64, 32, 2, 1), (32, 32, 1, 1))),
+    Row("grad_q", _HALF + _FLOAT32, _ALL, _NVIDIA + _AMD, ((16, 16, 4, 2),)),
+    Row("grad_kv", _HALF, _TO_128, ("sm_80",), ((32, 32, 4, 2),)),
+    Row("grad_kv", _HALF, _TO_128, ("sm_90", "sm_100"), ((32, 64, 4, 2), (32, 32, 4, 2))),
+    Row("grad_kv", _HALF, _TO_128, _AMD, ((32, 64, 2, 1), (32, 32, 1, 1))),
+    Row("grad_kv", _HALF + _FLOAT32, _ALL, _NVIDIA + _AMD, ((32, 16, 4, 2),)),
+    Row(
+        "linear_gelu", _HALF, _ALL, _NVIDIA,
+        ((128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3)),
+    ),
+    Row("linear_gelu", _HALF, _ALL, _AMD, ((128, 128, 64, 8, 2), (128, 128, 32, 4, 2), (128, 128, 64, 4, 1))),
+    Row("linear_gelu", _FLOAT32, _ALL, _NVIDIA, ((64, 64, 16, 4, 2), (64, 64, 32, 4, 2), (32, 64, 32, 4, 2))),
+    Row("linear_gelu", _FLOAT32, _ALL, _AMD, ((64, 64, 32, 4, 2), (64, 64, 16, 4, 2), (128, 64, 32, 8, 2))),
+)  # fmt: skip
+
 # By 16 to 32 bytes at head_dim 88 and 96, by the compiler of one version of Triton.
-_SPILLED: dict[tuple[str, str], Blocks] = {("3.9.", "sm_100"): (128, 64, 8, 3)}
-_BEYOND_128_COLUMNS: dict[str, list[Blocks]] = {
-    "sm_80": [(64, 32, 8, 2), (32, 32, 4, 2)],
-    "sm_90": [(64, 32, 4, 2), (64, 32, 8, 2), (128, 32, 8, 2)],
-    "sm_100": [(64, 32, 4, 2), (64, 32, 8, 2), (128, 32, 8, 2)],
-    "gfx9": [(64, 32, 2, 1), (128, 32, 4, 1)],
-}
-_FLOAT32: dict[str, list[Blocks]] = {
-    "cuda": [(16, 32, 4, 2), (16, 16, 4, 2), (16, 64, 4, 2)],
-    "gfx9": [(32, 32, 4, 2), (16, 32, 4, 2), (32, 16, 4, 2)],
-}
-_FLOAT32_BEYOND_128_COLUMNS: list[Blocks] = [(16, 16, 8, 2)]
-
-_GRAD_Q: dict[str, list[Blocks]] = {
-    "cuda": [(64, 32, 4, 2), (16, 64, 4, 2)],
-    "gfx9": [(64, 32, 2, 1), (32, 32, 1, 1)],
-}
-_GRAD_KV: dict[str, list[Blocks]] = {
-    "sm_80": [(32, 32, 4, 2)],
-    "cuda": [(32, 64, 4, 2), (32, 32, 4, 2)],
-    "gfx9": [(32, 64, 2, 1), (32, 32, 1, 1)],
-}
-
-# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages of linear_gelu. More than 64 accumulators a thread spill on NVIDIA,
-# and (256, 128) leaves the tensor memory of sm_100 unused.
-_LINEAR: dict[str, list[tuple[int, int, int, int, int]]] = {
-    "cuda": [(128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3)],
-    "gfx9": [(128, 128, 64, 8, 2), (128, 128, 32, 4, 2), (128, 128, 64, 4, 1)],
-}
-_LINEAR_FLOAT32: dict[str, list[tuple[int, int, int, int, int]]] = {
-    "cuda": [(64, 64, 16, 4, 2), (64, 64, 32, 4, 2), (32, 64, 32, 4, 2)],
-    "gfx9": [(64, 64, 32, 4, 2), (64, 64, 16, 4, 2), (128, 64, 32, 8, 2)],
-}
+_SPILLED = {("3.9.", "sm_100"): (128, 64, 8, 3)}
 
 
 def split_head_dim(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -81,14 +102,12 @@ def split_head_dim(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
 
 def linear_candidates(dtype: torch.dtype, target: str) -> list[Configuration]:
     """As `candidates`, for linear_gelu, which has no heads."""
-    backend = "gfx9" if _family(target) == "gfx9" else "cuda"
-    rows = (_LINEAR_FLOAT32 if dtype == torch.float32 else _LINEAR)[backend]
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    # 8 blocks of tokens in a row read the same block of the weight, while the cache has it.
     shared: Configuration = {"GROUP_M": 8, "INPUT_PRECISION": _input_precision(dtype, target)}
-    if backend == "gfx9":
+    if _family(target) == "gfx9":
         # Triton 3.6's compiler would take 272 registers where 205 do, too many for a second block of 4 waves.
         shared["waves_per_eu"] = 2
-    return [shared | dict(zip(names, row, strict=True)) for row in rows]
+    return [shared | blocks for blocks in _blocks("linear_gelu", 0, dtype, target)]
 
 
 def _input_precision(dtype: torch.dtype, target: str) -> str:
@@ -109,6 +128,7 @@ def candidates(kernel: str, head_dim: int, dtype: torch.dtype, target: str) -> l
     columns: Configuration = {
         "BLOCK_D0": block_0,
         "BLOCK_D1": block_1,
+        # The fewest keys, or queries, that tl.dot takes: the least is padded.
         "BLOCK_TAIL": 16,
         "INPUT_PRECISION": _input_precision(dtype, target),
     }
@@ -116,24 +136,18 @@ def candidates(kernel: str, head_dim: int, dtype: torch.dtype, target: str) -> l
         # A program of 16 rows for a short last block of queries. More than 16 keys at a time would cost registers,
         # and with them occupancy, where the columns end in a block of 16.
         columns |= {"BLOCK_LAST": 16, "BLOCK_N_LAST": 32 if block_1 != 16 and head_dim <= 128 else 16}
-    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-    return [columns | dict(zip(names, blocks, strict=True)) for blocks in _blocks(kernel, head_dim, dtype, target)]
+    return [columns | blocks for blocks in _blocks(kernel, head_dim, dtype, target)]
 
 
-def _blocks(kernel: str, head_dim: int, dtype: torch.dtype, target: str) -> list[Blocks]:
+def _blocks(kernel: str, head_dim: int, dtype: torch.dtype, target: str) -> list[Configuration]:
     family = _family(target)
-    backend = "gfx9" if family == "gfx9" else "cuda"
-    if kernel == "grad_q":
-        return [(16, 16, 4, 2)] if dtype == torch.float32 or head_dim > 128 else _GRAD_Q[backend]
-    if kernel == "grad_kv":
-        return [(32, 16, 4, 2)] if dtype == torch.float32 or head_dim > 128 else _GRAD_KV.get(family, _GRAD_KV[backend])
-    if dtype == torch.float32:
-        return _FLOAT32_BEYOND_128_COLUMNS if head_dim > 128 else _FLOAT32[backend]
-    if head_dim > 128:
-        return _BEYOND_128_COLUMNS[family]
-    kept = (_16_COLUMNS if split_head_dim(head_dim, dtype)[1] == 16 else _WIDE_COLUMNS)[family]
+    row = next(
+        row
+        for row in _KEPT
+        if row.kernel == kernel and dtype in row.dtypes and head_dim in row.head_dims and family in row.targets
+    )
     spilled = _SPILLED.get((triton.__version__[:4], family))
-    return [blocks for blocks in kept if blocks != spilled]
+    return [dict(zip(_NAMES[len(blocks)], blocks, strict=True)) for blocks in row.blocks if blocks != spilled]
 
 
 def _family(target: str) -> str:
@@ -145,20 +159,13 @@ def _family(target: str) -> str:
 
 def default_linear(dtype: torch.dtype) -> Configuration:
     """The configuration of linear_gelu on the current device."""
-    target = "interpreter" if triton.knobs.runtime.interpret else _current_target()
+    target = "interpreter" if triton.knobs.runtime.interpret else current_target()
     return linear_candidates(dtype, target)[0]
 
 
-def norm_options(dtype: torch.dtype) -> Configuration:
-    """Options that layer_norm_pixel_shuffle is launched with on the current device."""
-    if not triton.__version__.startswith("3.6.") or dtype == torch.float32 or triton.knobs.runtime.interpret:
-        return {}
-    # That compiler takes up to 100 registers where 96 spill nothing and leave room for a fifth block.
-    return {"maxnreg": 96} if _current_target().startswith("sm") else {}
-
-
-def _current_target() -> str:
-    target = triton.runtime.driver.active.get_current_target()
+def current_target() -> str:
+    """The current device as `candidates` names it."""
+    target = triton.runtime.driver.active.getcurrent_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).partition(":")[0]
 
 
@@ -175,7 +182,7 @@ def preferred(kernel: str, head_dim: int, dtype: torch.dtype) -> Configuration:
 
 @functools.cache
 def _preferred(kernel: str, head_dim: int, dtype: torch.dtype, active: Any, device: int) -> Configuration:
-    name = _current_target()
+    name = current_target()
     kept = candidates(kernel, head_dim, dtype, name)
     wanted = _tuned(name, device).get(kernel, {}).get(f"{head_dim} {str(dtype).removeprefix('torch.')}")
     if wanted is None:

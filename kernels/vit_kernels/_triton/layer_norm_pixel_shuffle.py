@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vit_kernels._triton.configurations import norm_options
+from vit_kernels._triton.configurations import Configuration, current_target
 
 
 @triton.jit(do_not_specialize=("height", "width"))
@@ -27,23 +27,24 @@ def layer_norm_pixel_shuffle_kernel(
     OUT_CHANNELS: tl.constexpr = CHANNELS * FACTOR * FACTOR
     tile = (tl.program_id(0) // height).to(tl.int64)
     h = tl.program_id(0) % height
-    w = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    c = tl.arange(0, BLOCK_CHANNELS)[None, :]
-    in_token = c < CHANNELS
-    mask = (w < width)[:, None] & in_token
+    w = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)  # [BLOCK_WIDTH]
+    c = tl.arange(0, BLOCK_CHANNELS)[None, :]  # [1, BLOCK_CHANNELS]
+    in_token = c < CHANNELS  # [1, BLOCK_CHANNELS]
+    mask = (w < width)[:, None] & in_token  # [BLOCK_WIDTH, BLOCK_CHANNELS]
 
-    cell = (h * width + w).to(tl.int64)[:, None]
-    x = tl.load(x_ptr + tile * stride_tile + cell * stride_token + c, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 1)[:, None] / CHANNELS
-    centred = tl.where(mask, x - mean, 0.0)
-    variance = tl.sum(centred * centred, 1)[:, None] / CHANNELS
-    weight = tl.load(weight_ptr + c, mask=in_token, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + c, mask=in_token, other=0.0).to(tl.float32)
-    out = centred * tl.rsqrt(variance + eps) * weight + bias
+    cell = (h * width + w).to(tl.int64)[:, None]  # [BLOCK_WIDTH, 1]
+    source = x_ptr + tile * stride_tile + cell * stride_token + c  # [BLOCK_WIDTH, BLOCK_CHANNELS]
+    x = tl.load(source, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_WIDTH, BLOCK_CHANNELS]
+    mean = tl.sum(x, 1)[:, None] / CHANNELS  # [BLOCK_WIDTH, 1]
+    centred = tl.where(mask, x - mean, 0.0)  # [BLOCK_WIDTH, BLOCK_CHANNELS]
+    variance = tl.sum(centred * centred, 1)[:, None] / CHANNELS  # [BLOCK_WIDTH, 1]
+    weight = tl.load(weight_ptr + c, mask=in_token, other=0.0).to(tl.float32)  # [1, BLOCK_CHANNELS]
+    bias = tl.load(bias_ptr + c, mask=in_token, other=0.0).to(tl.float32)  # [1, BLOCK_CHANNELS]
+    out = centred * tl.rsqrt(variance + eps) * weight + bias  # [BLOCK_WIDTH, BLOCK_CHANNELS]
 
-    token = ((h // FACTOR) * (width // FACTOR) + w // FACTOR).to(tl.int64)[:, None]
-    channel = ((h % FACTOR * FACTOR + w % FACTOR) * CHANNELS)[:, None]
-    target = out_ptr + tile * (height * width) * CHANNELS + token * OUT_CHANNELS + channel + c
+    token = ((h // FACTOR) * (width // FACTOR) + w // FACTOR).to(tl.int64)[:, None]  # [BLOCK_WIDTH, 1]
+    channel = ((h % FACTOR * FACTOR + w % FACTOR) * CHANNELS)[:, None]  # [BLOCK_WIDTH, 1]
+    target = out_ptr + tile * (height * width) * CHANNELS + token * OUT_CHANNELS + channel + c  # as source
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -71,6 +72,14 @@ def launch(
             FACTOR=factor,
             BLOCK_WIDTH=block_width,
             BLOCK_CHANNELS=block_channels,
-            **norm_options(x.dtype),
+            **options(x.dtype),
         )
     return out
+
+
+def options(dtype: torch.dtype) -> Configuration:
+    """What the kernel is launched with on the current device besides its arguments."""
+    if not triton.__version__.startswith("3.6.") or dtype == torch.float32 or triton.knobs.runtime.interpret:
+        return {}
+    # That compiler takes up to 100 registers where 96 spill nothing and leave room for a fifth block.
+    return {"maxnreg": 96} if current_target().startswith("sm") else {}

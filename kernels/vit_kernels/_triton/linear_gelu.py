@@ -35,23 +35,23 @@ def linear_gelu_kernel(
     first_m = tl.program_id(0) // per_group * GROUP_M
     group = tl.minimum(tl.cdiv(tokens, BLOCK_M) - first_m, GROUP_M)
     within = tl.program_id(0) % per_group
-    m = (first_m + within % group) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = within // group * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
+    m = (first_m + within % group) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    n = within // group * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
 
     # Rows past the end read the last one and are not stored, so that the loop has no mask.
-    x_rows = x_ptr + tl.minimum(m, tokens - 1).to(tl.int64)[:, None] * stride_x
-    weight_rows = weight_ptr + tl.minimum(n, out_features - 1).to(tl.int64)[None, :] * stride_weight
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    x_rows = x_ptr + tl.minimum(m, tokens - 1).to(tl.int64)[:, None] * stride_x  # [BLOCK_M, 1]
+    weight_rows = weight_ptr + tl.minimum(n, out_features - 1).to(tl.int64)[None, :] * stride_weight  # [1, BLOCK_N]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
     steps = in_features // BLOCK_K
     for step in tl.range(0, steps):
-        x = tl.load(x_rows + (step * BLOCK_K + k)[None, :])
-        weight = tl.load(weight_rows + (step * BLOCK_K + k)[:, None])
+        x = tl.load(x_rows + (step * BLOCK_K + k)[None, :])  # [BLOCK_M, BLOCK_K]
+        weight = tl.load(weight_rows + (step * BLOCK_K + k)[:, None])  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(x, weight, acc, input_precision=INPUT_PRECISION)
     if not WHOLE_STEPS:
         k += steps * BLOCK_K
-        x = tl.load(x_rows + k[None, :], mask=(k < in_features)[None, :], other=0.0)
-        weight = tl.load(weight_rows + k[:, None], mask=(k < in_features)[:, None], other=0.0)
+        x = tl.load(x_rows + k[None, :], mask=(k < in_features)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        weight = tl.load(weight_rows + k[:, None], mask=(k < in_features)[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(x, weight, acc, input_precision=INPUT_PRECISION)
 
     acc += tl.load(bias_ptr + n, mask=n < out_features, other=0.0).to(tl.float32)[None, :]

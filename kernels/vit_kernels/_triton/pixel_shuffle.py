@@ -26,20 +26,20 @@ def pixel_shuffle_kernel(
     OUT_CHANNELS: tl.constexpr = CHANNELS * FACTOR * FACTOR
     tile = (tl.program_id(0) // height).to(tl.int64)
     h = tl.program_id(0) % height
-    w = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    c = tl.program_id(2) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
-    mask = (w < width)[:, None] & (c < CHANNELS)
+    w = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)  # [BLOCK_WIDTH]
+    c = tl.program_id(2) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]  # [1, BLOCK_CHANNELS]
+    mask = (w < width)[:, None] & (c < CHANNELS)  # [BLOCK_WIDTH, BLOCK_CHANNELS]
 
-    cell = (h * width + w).to(tl.int64)[:, None]
-    token = ((h // FACTOR) * (width // FACTOR) + w // FACTOR).to(tl.int64)[:, None]
-    channel = ((h % FACTOR * FACTOR + w % FACTOR) * CHANNELS)[:, None]
+    cell = (h * width + w).to(tl.int64)[:, None]  # [BLOCK_WIDTH, 1]
+    token = ((h // FACTOR) * (width // FACTOR) + w // FACTOR).to(tl.int64)[:, None]  # [BLOCK_WIDTH, 1]
+    channel = ((h % FACTOR * FACTOR + w % FACTOR) * CHANNELS)[:, None]  # [BLOCK_WIDTH, 1]
     source_ptr += tile * stride_tile
     target_ptr += tile * (height * width) * CHANNELS
     if INVERSE:
-        values = tl.load(source_ptr + token * stride_token + channel + c, mask=mask)
+        values = tl.load(source_ptr + token * stride_token + channel + c, mask=mask)  # [BLOCK_WIDTH, BLOCK_CHANNELS]
         tl.store(target_ptr + cell * CHANNELS + c, values, mask=mask)
     else:
-        values = tl.load(source_ptr + cell * stride_token + c, mask=mask)
+        values = tl.load(source_ptr + cell * stride_token + c, mask=mask)  # [BLOCK_WIDTH, BLOCK_CHANNELS]
         tl.store(target_ptr + token * OUT_CHANNELS + channel + c, values, mask=mask)
 
 

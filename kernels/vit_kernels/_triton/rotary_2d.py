@@ -29,25 +29,25 @@ def _rotate_heads(
 ):
     """Rotate all heads of the tokens t; cos, sin [BLOCK_T, 1, BLOCK_HALF]."""
     HALF: tl.constexpr = HEAD_DIM // 2
-    t = t.to(tl.int64)[:, None, None]
+    t = t.to(tl.int64)[:, None, None]  # [BLOCK_T, 1, 1]
     for first_head in tl.static_range(0, HEADS, BLOCK_H):
-        h = first_head + tl.arange(0, BLOCK_H)[None, :, None]
-        mask = (t < tokens) & (h < HEADS)
-        source = x_ptr + t * stride_token + h.to(tl.int64) * times_head * STRIDE_HEAD
-        target = out_ptr + t * stride_out_token + h.to(tl.int64) * times_out_head * STRIDE_OUT_HEAD
+        h = first_head + tl.arange(0, BLOCK_H)[None, :, None]  # [1, BLOCK_H, 1]
+        mask = (t < tokens) & (h < HEADS)  # [BLOCK_T, BLOCK_H, 1]
+        source = x_ptr + t * stride_token + h.to(tl.int64) * times_head * STRIDE_HEAD  # [BLOCK_T, BLOCK_H, 1]
+        target = out_ptr + t * stride_out_token + h.to(tl.int64) * times_out_head * STRIDE_OUT_HEAD  # as source
         if INTERLEAVED:
-            d = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
+            d = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]  # [1, 1, 2 * BLOCK_HALF]
             mask &= d < HEAD_DIM
-            x = tl.load(source + d, mask=mask, other=0.0).to(tl.float32)
-            a, b = tl.split(tl.reshape(x, (x.shape[0], BLOCK_H, BLOCK_HALF, 2)))
-            rotated = tl.join(a * cos - b * sin, a * sin + b * cos)
-            out = tl.reshape(rotated, (x.shape[0], BLOCK_H, 2 * BLOCK_HALF))
+            x = tl.load(source + d, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_H, 2 * BLOCK_HALF]
+            a, b = tl.split(tl.reshape(x, (x.shape[0], BLOCK_H, BLOCK_HALF, 2)))  # [BLOCK_T, BLOCK_H, BLOCK_HALF]
+            rotated = tl.join(a * cos - b * sin, a * sin + b * cos)  # [BLOCK_T, BLOCK_H, BLOCK_HALF, 2]
+            out = tl.reshape(rotated, (x.shape[0], BLOCK_H, 2 * BLOCK_HALF))  # as x
             tl.store(target + d, out.to(out_ptr.dtype.element_ty), mask=mask)
         else:
-            d = tl.arange(0, BLOCK_HALF)[None, None, :]
+            d = tl.arange(0, BLOCK_HALF)[None, None, :]  # [1, 1, BLOCK_HALF]
             mask &= d < HALF
-            a = tl.load(source + d, mask=mask, other=0.0).to(tl.float32)
-            b = tl.load(source + HALF + d, mask=mask, other=0.0).to(tl.float32)
+            a = tl.load(source + d, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_H, BLOCK_HALF]
+            b = tl.load(source + HALF + d, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_H, BLOCK_HALF]
             tl.store(target + d, (a * cos - b * sin).to(out_ptr.dtype.element_ty), mask=mask)
             tl.store(target + HALF + d, (a * sin + b * cos).to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -92,12 +92,12 @@ def rotary_2d_kernel(
     Strides of heads are products, see `strides.py`.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    j = tl.arange(0, BLOCK_HALF)[None, None, :]
-    row = (t % positions)[:, None, None] * HALF + j
-    mask = (t < tokens)[:, None, None] & (j < HALF)
-    cos = tl.load(cos_ptr + row, mask=mask, other=0.0)
-    sin = tl.load(sin_ptr + row, mask=mask, other=0.0)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+    j = tl.arange(0, BLOCK_HALF)[None, None, :]  # [1, 1, BLOCK_HALF]
+    row = (t % positions)[:, None, None] * HALF + j  # [BLOCK_T, 1, BLOCK_HALF]
+    mask = (t < tokens)[:, None, None] & (j < HALF)  # [BLOCK_T, 1, BLOCK_HALF]
+    cos = tl.load(cos_ptr + row, mask=mask, other=0.0)  # [BLOCK_T, 1, BLOCK_HALF]
+    sin = tl.load(sin_ptr + row, mask=mask, other=0.0)  # [BLOCK_T, 1, BLOCK_HALF]
     if INVERSE:
         sin = -sin
     _rotate_heads(

@@ -13,8 +13,8 @@ def find_sequence(cu_seqlens_ptr, sequences, program, BLOCK_M: tl.constexpr, SEA
     """
     found = 0
     for first in range(0, sequences + 1, SEARCH):
-        s = first + tl.arange(0, SEARCH)
-        start = tl.load(cu_seqlens_ptr + s, mask=s <= sequences, other=0)
+        s = first + tl.arange(0, SEARCH)  # [SEARCH]
+        start = tl.load(cu_seqlens_ptr + s, mask=s <= sequences, other=0)  # [SEARCH]
         found += tl.sum(((s <= sequences) & (start // BLOCK_M + s <= program)).to(tl.int32))
     return found - 1
 

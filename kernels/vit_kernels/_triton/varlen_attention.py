@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from vit_kernels._triton.configurations import Configuration, preferred
+from vit_kernels._triton.head import load_columns, load_head, store_head, zero_head
 from vit_kernels._triton.sequences import bounds, find_sequence
 from vit_kernels._triton.strides import head_stride, token_stride
 
@@ -17,8 +18,7 @@ SMALLEST_SCALE = 2.0**-149
 
 @triton.jit
 def _attend(
-    q_0,
-    q_1,
+    q,
     k_ptr,
     v_ptr,
     stride_k,
@@ -28,9 +28,9 @@ def _attend(
     scale_log2,
     row_max,
     row_sum,
-    acc_0,
-    acc_1,
+    acc,
     HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D0: tl.constexpr,
     BLOCK_D1: tl.constexpr,
@@ -38,50 +38,38 @@ def _attend(
     INT64_OFFSETS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """One step of the online softmax over the BLOCK_N keys from first_key on."""
-    n = first_key + tl.arange(0, BLOCK_N)
-    d_0 = tl.arange(0, BLOCK_D0)
-    in_sequence = n < keys
+    """One step of the online softmax over the BLOCK_N keys from first_key on.
+
+    A block of columns is read right before its product: with all of them read first, AMD takes more registers.
+    """
+    n = first_key + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    in_sequence = n < keys  # [BLOCK_N]
     if INT64_OFFSETS:
         n = n.to(tl.int64)
-    k_rows = k_ptr + n[None, :] * stride_k
-    v_rows = v_ptr + n[:, None] * stride_v
-
-    if MASK_KEYS:
-        k_0 = tl.load(k_rows + d_0[:, None], mask=in_sequence[None, :], other=0.0)
-    else:
-        k_0 = tl.load(k_rows + d_0[:, None])
-    scores = tl.dot(q_0, k_0, input_precision=INPUT_PRECISION)
-    if BLOCK_D1 > 0:
-        d_1 = BLOCK_D0 + tl.arange(0, BLOCK_D1)
-        in_head = d_1 < HEAD_DIM
-        if MASK_KEYS:
-            k_1 = tl.load(k_rows + d_1[:, None], mask=in_head[:, None] & in_sequence[None, :], other=0.0)
-        else:
-            k_1 = tl.load(k_rows + d_1[:, None], mask=in_head[:, None], other=0.0)
-        scores = tl.dot(q_1, k_1, scores, input_precision=INPUT_PRECISION)
-    if MASK_KEYS:
-        scores = tl.where(in_sequence[None, :], scores, float("-inf"))
-
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
-    decay = tl.exp2(row_max - new_max)
-    p = tl.exp2(scores * scale_log2 - new_max[:, None])
-    row_sum = row_sum * decay + tl.sum(p, 1)
-    p = p.to(v_ptr.dtype.element_ty)
-
+    k_rows = k_ptr + n[None, :] * stride_k  # [1, BLOCK_N]
+    v_rows = v_ptr + n[:, None] * stride_v  # [BLOCK_N, 1]
     # A key past the end belongs to the next sequence: 0 * NaN would leak, so its v is read as 0.
+    k_in_sequence = in_sequence[None, :] if MASK_KEYS else None  # [1, BLOCK_N]
+    v_in_sequence = in_sequence[:, None] if MASK_KEYS else None  # [BLOCK_N, 1]
+
+    scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # [BLOCK_M, BLOCK_N]
+    for block in tl.static_range(len(q)):
+        k = load_columns(k_rows, k_in_sequence, block, HEAD_DIM, BLOCK_D0, BLOCK_D1, AXIS=1)  # [columns, BLOCK_N]
+        scores = tl.dot(q[block], k, scores, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
     if MASK_KEYS:
-        v_0 = tl.load(v_rows + d_0[None, :], mask=in_sequence[:, None], other=0.0)
-    else:
-        v_0 = tl.load(v_rows + d_0[None, :])
-    acc_0 = tl.dot(p, v_0, acc_0 * decay[:, None], input_precision=INPUT_PRECISION)
-    if BLOCK_D1 > 0:
-        if MASK_KEYS:
-            v_1 = tl.load(v_rows + d_1[None, :], mask=in_head[None, :] & in_sequence[:, None], other=0.0)
-        else:
-            v_1 = tl.load(v_rows + d_1[None, :], mask=in_head[None, :], other=0.0)
-        acc_1 = tl.dot(p, v_1, acc_1 * decay[:, None], input_precision=INPUT_PRECISION)
-    return new_max, row_sum, acc_0, acc_1
+        scores = tl.where(in_sequence[None, :], scores, float("-inf"))  # [BLOCK_M, BLOCK_N]
+
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)  # [BLOCK_M]
+    decay = tl.exp2(row_max - new_max)  # [BLOCK_M]
+    p = tl.exp2(scores * scale_log2 - new_max[:, None])  # [BLOCK_M, BLOCK_N]
+    row_sum = row_sum * decay + tl.sum(p, 1)  # [BLOCK_M]
+    p = p.to(v_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_N]
+
+    new_acc = ()
+    for block in tl.static_range(len(acc)):
+        v = load_columns(v_rows, v_in_sequence, block, HEAD_DIM, BLOCK_D0, BLOCK_D1)  # [BLOCK_N, columns]
+        new_acc += (tl.dot(p, v, acc[block] * decay[:, None], input_precision=INPUT_PRECISION),)  # [BLOCK_M, columns]
+    return new_max, row_sum, new_acc
 
 
 @triton.jit
@@ -110,48 +98,37 @@ def _attend_queries(
 ):
     """Outputs, and log-sum-exps where lse_ptr is given, of BLOCK_M queries from first_query on.
 
-    The pointers stand at the sequence and the head. head_dim is two blocks, BLOCK_D0 full columns and BLOCK_D1 masked
-    ones, instead of one block padded to a power of two. Keys go BLOCK_N at a time without a mask, the rest BLOCK_TAIL
-    at a time with one.
+    The pointers stand at the sequence and the head. Keys go BLOCK_N at a time without a mask, the rest BLOCK_TAIL at a
+    time with one.
     """
-    m = first_query + tl.arange(0, BLOCK_M)
-    in_sequence = (m < queries)[:, None]
-    d_0 = tl.arange(0, BLOCK_D0)[None, :]
-    q_rows = q_ptr + m.to(tl.int64)[:, None] * stride_q
-    q_0 = tl.load(q_rows + d_0, mask=in_sequence, other=0.0)
-    q_1 = q_0
-    acc_0 = tl.zeros((BLOCK_M, BLOCK_D0), tl.float32)
-    acc_1 = acc_0
-    if BLOCK_D1 > 0:
-        d_1 = BLOCK_D0 + tl.arange(0, BLOCK_D1)[None, :]
-        q_1 = tl.load(q_rows + d_1, mask=in_sequence & (d_1 < HEAD_DIM), other=0.0)
-        acc_1 = tl.zeros((BLOCK_M, BLOCK_D1), tl.float32)
+    m = first_query + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    in_sequence = (m < queries)[:, None]  # [BLOCK_M, 1]
+    q_rows = q_ptr + m.to(tl.int64)[:, None] * stride_q  # [BLOCK_M, 1]
+    q = load_head(q_rows, in_sequence, HEAD_DIM, BLOCK_D0, BLOCK_D1)  # [BLOCK_M, head_dim]
+    acc = zero_head(BLOCK_M, BLOCK_D0, BLOCK_D1)  # [BLOCK_M, head_dim]
     # Not -inf: while every score of a row is, its maximum less itself would be NaN.
-    row_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), LOWEST, tl.float32)  # [BLOCK_M]
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)  # [BLOCK_M]
 
     full = keys // BLOCK_N * BLOCK_N
     for first_key in range(0, full, BLOCK_N):
-        row_max, row_sum, acc_0, acc_1 = _attend(
-            q_0, q_1, k_ptr, v_ptr, stride_k, stride_v, first_key, keys, scale_log2, row_max, row_sum, acc_0, acc_1,
-            HEAD_DIM, BLOCK_N, BLOCK_D0, BLOCK_D1, False, INT64_OFFSETS, INPUT_PRECISION,
+        row_max, row_sum, acc = _attend(
+            q, k_ptr, v_ptr, stride_k, stride_v, first_key, keys, scale_log2, row_max, row_sum, acc,
+            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D0, BLOCK_D1, False, INT64_OFFSETS, INPUT_PRECISION,
         )  # fmt: skip
     for first_key in range(full, keys, BLOCK_TAIL):
-        row_max, row_sum, acc_0, acc_1 = _attend(
-            q_0, q_1, k_ptr, v_ptr, stride_k, stride_v, first_key, keys, scale_log2, row_max, row_sum, acc_0, acc_1,
-            HEAD_DIM, BLOCK_TAIL, BLOCK_D0, BLOCK_D1, True, INT64_OFFSETS, INPUT_PRECISION,
+        row_max, row_sum, acc = _attend(
+            q, k_ptr, v_ptr, stride_k, stride_v, first_key, keys, scale_log2, row_max, row_sum, acc,
+            HEAD_DIM, BLOCK_M, BLOCK_TAIL, BLOCK_D0, BLOCK_D1, True, INT64_OFFSETS, INPUT_PRECISION,
         )  # fmt: skip
 
     # Without keys, or with scores of -inf alone, the sum is 0: such rows are zeros, not 0 / 0.
-    normaliser = tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    out_rows = out_ptr + m.to(tl.int64)[:, None] * stride_out
-    tl.store(out_rows + d_0, (acc_0 / normaliser).to(out_ptr.dtype.element_ty), mask=in_sequence)
-    if BLOCK_D1 > 0:
-        out_1 = (acc_1 / normaliser).to(out_ptr.dtype.element_ty)
-        tl.store(out_rows + d_1, out_1, mask=in_sequence & (d_1 < HEAD_DIM))
+    normaliser = tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]  # [BLOCK_M, 1]
+    out_rows = out_ptr + m.to(tl.int64)[:, None] * stride_out  # [BLOCK_M, 1]
+    store_head(out_rows, [x / normaliser for x in acc], in_sequence, HEAD_DIM)
     if lse_ptr is not None:
         # A score of +inf leaves a sum of NaN, and the log-sum-exp is the score.
-        lse_log2 = tl.where(row_max == float("inf"), row_max, row_max + tl.log2(row_sum))
+        lse_log2 = tl.where(row_max == float("inf"), row_max, row_max + tl.log2(row_sum))  # [BLOCK_M]
         tl.store(lse_ptr + m, lse_log2 * LN_2, mask=m < queries)
 
 
@@ -281,6 +258,7 @@ def launch(
             **{name: constant for name, (_, constant) in zip(names, strides, strict=True)},
             GROUP=heads // k.shape[1],
             HEAD_DIM=head_dim,
+            # One step of the search for batches of up to 127 sequences.
             SEARCH=128,
             INT64_OFFSETS=k.shape[0] * max(k.stride(0), v.stride(0)) >= 2**31,
             **configuration,

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from vit_kernels._triton.configurations import Configuration, preferred
+from vit_kernels._triton.head import add_product, load_columns, load_head, store_head, zero_head
 from vit_kernels._triton.sequences import bounds, find_sequence
 from vit_kernels._triton.strides import head_stride
 from vit_kernels._triton.varlen_attention import LOWEST, SMALLEST_SCALE
@@ -15,29 +16,8 @@ LARGE_LSE = {torch.float32: 16.0, torch.float16: 1024.0, torch.bfloat16: 1024.0}
 
 
 @triton.jit
-def _load(rows, in_sequence, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """WIDTH columns, from FIRST on, of the rows [BLOCK, 1]: 0 beyond the head and, masked, beyond the sequence."""
-    d = FIRST + tl.arange(0, WIDTH)[None, :]
-    if MASK_ROWS:
-        x = tl.load(rows + d, mask=in_sequence & (d < HEAD_DIM), other=0.0)
-    elif FIRST + WIDTH > HEAD_DIM:
-        x = tl.load(rows + d, mask=d < HEAD_DIM, other=0.0)
-    else:
-        x = tl.load(rows + d)
-    return x
-
-
-@triton.jit
-def _store(rows, x, in_sequence, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """What _load reads, written."""
-    d = FIRST + tl.arange(0, WIDTH)[None, :]
-    tl.store(rows + d, x.to(rows.dtype.element_ty), mask=in_sequence & (d < HEAD_DIM))
-
-
-@triton.jit
 def _split_lse(
-    q_0,
-    q_1,
+    q,
     k_ptr,
     stride_k,
     keys,
@@ -51,22 +31,22 @@ def _split_lse(
     INPUT_PRECISION: tl.constexpr,
 ):
     """The largest score of each row in base 2, and the sum of exp2 of the scores less that."""
-    row_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), LOWEST, tl.float32)  # [BLOCK_M]
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)  # [BLOCK_M]
     for first_key in range(0, keys, BLOCK_N):
-        n = first_key + tl.arange(0, BLOCK_N)
-        in_sequence = n < keys
+        n = first_key + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        in_sequence = n < keys  # [BLOCK_N]
         if INT64_OFFSETS:
             n = n.to(tl.int64)
-        k_rows = k_ptr + n[:, None] * stride_k
-        k_0 = _load(k_rows, in_sequence[:, None], 0, BLOCK_D0, HEAD_DIM, True)
-        scores = tl.dot(q_0, tl.trans(k_0), input_precision=INPUT_PRECISION)
-        if BLOCK_D1 > 0:
-            k_1 = _load(k_rows, in_sequence[:, None], BLOCK_D0, BLOCK_D1, HEAD_DIM, True)
-            scores = tl.dot(q_1, tl.trans(k_1), scores, input_precision=INPUT_PRECISION)
-        scores = tl.where(in_sequence[None, :], scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
-        row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(tl.exp2(scores * scale_log2 - new_max[:, None]), 1)
+        k_rows = k_ptr + n[:, None] * stride_k  # [BLOCK_N, 1]
+        scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # [BLOCK_M, BLOCK_N]
+        for block in tl.static_range(len(q)):
+            k = load_columns(k_rows, in_sequence[:, None], block, HEAD_DIM, BLOCK_D0, BLOCK_D1)  # [BLOCK_N, columns]
+            scores = tl.dot(q[block], tl.trans(k), scores, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+        scores = tl.where(in_sequence[None, :], scores, float("-inf"))  # [BLOCK_M, BLOCK_N]
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)  # [BLOCK_M]
+        p = tl.exp2(scores * scale_log2 - new_max[:, None])  # [BLOCK_M, BLOCK_N]
+        row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(p, 1)  # [BLOCK_M]
         row_max = new_max
     # Without keys, or with scores of -inf alone, the sum is 0, and so are all probabilities.
     return row_max, tl.where(row_sum == 0.0, 1.0, row_sum)
@@ -124,28 +104,25 @@ def exact_lse_kernel(
     if (first_query < 0) | (first_query >= queries):
         return
 
-    m = first_query + tl.arange(0, BLOCK_M)
-    in_sequence = m < queries
-    t = (start + m).to(tl.int64)
-    head_rows = head * total_tokens + t
-    shift = tl.load(lse_ptr + head_rows, mask=in_sequence, other=0.0) * LOG2_E
-    factor = tl.full((BLOCK_M,), 1.0, tl.float32)
+    m = first_query + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    in_sequence = m < queries  # [BLOCK_M]
+    t = (start + m).to(tl.int64)  # [BLOCK_M]
+    head_rows = head * total_tokens + t  # [BLOCK_M]
+    shift = tl.load(lse_ptr + head_rows, mask=in_sequence, other=0.0) * LOG2_E  # [BLOCK_M]
+    factor = tl.full((BLOCK_M,), 1.0, tl.float32)  # [BLOCK_M]
     if tl.max(tl.abs(shift), 0) > LARGE:
-        q_rows = q_ptr + head * times_qh * STRIDE_QH + t[:, None] * stride_q
+        q_rows = q_ptr + head * times_qh * STRIDE_QH + t[:, None] * stride_q  # [BLOCK_M, 1]
         k_ptr += start_k.to(tl.int64) * stride_k + head // GROUP * times_kh * STRIDE_KH
-        q_0 = _load(q_rows, in_sequence[:, None], 0, BLOCK_D0, HEAD_DIM, True)
-        q_1 = q_0
-        if BLOCK_D1 > 0:
-            q_1 = _load(q_rows, in_sequence[:, None], BLOCK_D0, BLOCK_D1, HEAD_DIM, True)
+        q = load_head(q_rows, in_sequence[:, None], HEAD_DIM, BLOCK_D0, BLOCK_D1)  # [BLOCK_M, head_dim]
         row_max, row_sum = _split_lse(
-            q_0, q_1, k_ptr, stride_k, keys, scale_log2,
+            q, k_ptr, stride_k, keys, scale_log2,
             HEAD_DIM, BLOCK_M, BLOCK_TAIL, BLOCK_D0, BLOCK_D1, INT64_OFFSETS, INPUT_PRECISION,
         )  # fmt: skip
         if factor_ptr is not None:
-            shift = row_max + tl.ceil(tl.log2(row_sum))
-            factor = tl.exp2(shift - row_max) / row_sum
+            shift = row_max + tl.ceil(tl.log2(row_sum))  # [BLOCK_M]
+            factor = tl.exp2(shift - row_max) / row_sum  # [BLOCK_M]
         else:
-            shift = row_max + tl.log2(row_sum)
+            shift = row_max + tl.log2(row_sum)  # [BLOCK_M]
     tl.store(shift_ptr + head_rows, shift, mask=in_sequence)
     if factor_ptr is not None:
         tl.store(factor_ptr + head_rows, factor, mask=in_sequence)
@@ -153,14 +130,11 @@ def exact_lse_kernel(
 
 @triton.jit
 def _grad_q_of_keys(
-    q_0,
-    q_1,
-    grad_0,
-    grad_1,
+    q,
+    grad,
     shift,
     delta,
-    acc_0,
-    acc_1,
+    acc,
     k_ptr,
     v_ptr,
     stride_k,
@@ -169,6 +143,7 @@ def _grad_q_of_keys(
     keys,
     scale_log2,
     HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D0: tl.constexpr,
     BLOCK_D1: tl.constexpr,
@@ -176,31 +151,32 @@ def _grad_q_of_keys(
     INT64_OFFSETS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """Add to q's gradient what BLOCK_N keys from first_key on contribute."""
-    n = first_key + tl.arange(0, BLOCK_N)
-    in_sequence = n < keys
+    """Add to q's gradient what BLOCK_N keys from first_key on contribute.
+
+    A block of columns is read right before its products: with all of them read first, AMD takes more registers.
+    """
+    n = first_key + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    in_sequence = n < keys  # [BLOCK_N]
     if INT64_OFFSETS:
         n = n.to(tl.int64)
-    k_rows = k_ptr + n[:, None] * stride_k
-    v_rows = v_ptr + n[:, None] * stride_v
-    k_0 = _load(k_rows, in_sequence[:, None], 0, BLOCK_D0, HEAD_DIM, MASK_KEYS)
-    v_0 = _load(v_rows, in_sequence[:, None], 0, BLOCK_D0, HEAD_DIM, MASK_KEYS)
-    scores = tl.dot(q_0, tl.trans(k_0), input_precision=INPUT_PRECISION)
-    grad_p = tl.dot(grad_0, tl.trans(v_0), input_precision=INPUT_PRECISION)
-    if BLOCK_D1 > 0:
-        k_1 = _load(k_rows, in_sequence[:, None], BLOCK_D0, BLOCK_D1, HEAD_DIM, MASK_KEYS)
-        v_1 = _load(v_rows, in_sequence[:, None], BLOCK_D0, BLOCK_D1, HEAD_DIM, MASK_KEYS)
-        scores = tl.dot(q_1, tl.trans(k_1), scores, input_precision=INPUT_PRECISION)
-        grad_p = tl.dot(grad_1, tl.trans(v_1), grad_p, input_precision=INPUT_PRECISION)
-    grad_scores = tl.exp2(scores * scale_log2 - shift[:, None]) * (grad_p - delta[:, None])
+    k_rows = k_ptr + n[:, None] * stride_k  # [BLOCK_N, 1]
+    v_rows = v_ptr + n[:, None] * stride_v  # [BLOCK_N, 1]
+    kv_in_sequence = in_sequence[:, None] if MASK_KEYS else None  # [BLOCK_N, 1]
+
+    k = ()
+    scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # [BLOCK_M, BLOCK_N]
+    grad_p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # [BLOCK_M, BLOCK_N]
+    for block in tl.static_range(len(q)):
+        k += (load_columns(k_rows, kv_in_sequence, block, HEAD_DIM, BLOCK_D0, BLOCK_D1),)  # [BLOCK_N, columns]
+        v = load_columns(v_rows, kv_in_sequence, block, HEAD_DIM, BLOCK_D0, BLOCK_D1)  # [BLOCK_N, columns]
+        scores = tl.dot(q[block], tl.trans(k[block]), scores, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+        grad_p = tl.dot(grad[block], tl.trans(v), grad_p, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_N]
+
+    grad_scores = tl.exp2(scores * scale_log2 - shift[:, None]) * (grad_p - delta[:, None])  # [BLOCK_M, BLOCK_N]
     if MASK_KEYS:
         # What is infinite in a query or a gradient makes NaN of the zeros read past the end.
-        grad_scores = tl.where(in_sequence[None, :], grad_scores, 0.0)
-    grad_scores = grad_scores.to(k_ptr.dtype.element_ty)
-    acc_0 = tl.dot(grad_scores, k_0, acc_0, input_precision=INPUT_PRECISION)
-    if BLOCK_D1 > 0:
-        acc_1 = tl.dot(grad_scores, k_1, acc_1, input_precision=INPUT_PRECISION)
-    return acc_0, acc_1
+        grad_scores = tl.where(in_sequence[None, :], grad_scores, 0.0)  # [BLOCK_M, BLOCK_N]
+    return add_product(acc, grad_scores.to(k_ptr.dtype.element_ty), k, INPUT_PRECISION)
 
 
 @triton.jit(
@@ -263,57 +239,49 @@ def grad_q_kernel(
     if (first_query < 0) | (first_query >= queries):
         return
 
-    m = first_query + tl.arange(0, BLOCK_M)
-    in_sequence = (m < queries)[:, None]
-    t = (start + m).to(tl.int64)
-    q_rows = q_ptr + head * times_qh * STRIDE_QH + t[:, None] * stride_q
-    row = t[:, None] * (HEADS * HEAD_DIM) + head * HEAD_DIM
-    q_0 = _load(q_rows, in_sequence, 0, BLOCK_D0, HEAD_DIM, True)
-    grad_0 = _load(grad_ptr + row, in_sequence, 0, BLOCK_D0, HEAD_DIM, True)
-    out_0 = _load(out_ptr + row, in_sequence, 0, BLOCK_D0, HEAD_DIM, True)
-    delta = tl.sum(out_0.to(tl.float32) * grad_0.to(tl.float32), 1)
-    acc_0 = tl.zeros((BLOCK_M, BLOCK_D0), tl.float32)
-    q_1, grad_1, acc_1 = q_0, grad_0, acc_0
-    if BLOCK_D1 > 0:
-        q_1 = _load(q_rows, in_sequence, BLOCK_D0, BLOCK_D1, HEAD_DIM, True)
-        grad_1 = _load(grad_ptr + row, in_sequence, BLOCK_D0, BLOCK_D1, HEAD_DIM, True)
-        out_1 = _load(out_ptr + row, in_sequence, BLOCK_D0, BLOCK_D1, HEAD_DIM, True)
-        delta += tl.sum(out_1.to(tl.float32) * grad_1.to(tl.float32), 1)
-        acc_1 = tl.zeros((BLOCK_M, BLOCK_D1), tl.float32)
-    head_rows = head * total_tokens + t
+    m = first_query + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    in_sequence = (m < queries)[:, None]  # [BLOCK_M, 1]
+    t = (start + m).to(tl.int64)  # [BLOCK_M]
+    q_rows = q_ptr + head * times_qh * STRIDE_QH + t[:, None] * stride_q  # [BLOCK_M, 1]
+    row = t[:, None] * (HEADS * HEAD_DIM) + head * HEAD_DIM  # [BLOCK_M, 1]
+    acc = zero_head(BLOCK_M, BLOCK_D0, BLOCK_D1)  # [BLOCK_M, head_dim]
+    q = ()
+    grad = ()
+    delta = None
+    for block in tl.static_range(len(acc)):
+        q += (load_columns(q_rows, in_sequence, block, HEAD_DIM, BLOCK_D0, BLOCK_D1),)  # [BLOCK_M, columns]
+        grad += (load_columns(grad_ptr + row, in_sequence, block, HEAD_DIM, BLOCK_D0, BLOCK_D1),)  # [BLOCK_M, columns]
+        out = load_columns(out_ptr + row, in_sequence, block, HEAD_DIM, BLOCK_D0, BLOCK_D1)  # [BLOCK_M, columns]
+        of_block = tl.sum(out.to(tl.float32) * grad[block].to(tl.float32), 1)  # [BLOCK_M]
+        delta = of_block if delta is None else delta + of_block  # [BLOCK_M]
+    head_rows = head * total_tokens + t  # [BLOCK_M]
     if grad_lse_ptr is not None:
-        delta -= tl.load(grad_lse_ptr + head_rows, mask=m < queries, other=0.0)
+        delta -= tl.load(grad_lse_ptr + head_rows, mask=m < queries, other=0.0)  # [BLOCK_M]
     tl.store(delta_ptr + head_rows, delta, mask=m < queries)
-    shift = tl.load(shift_ptr + head_rows, mask=m < queries, other=0.0)
+    shift = tl.load(shift_ptr + head_rows, mask=m < queries, other=0.0)  # [BLOCK_M]
 
     k_ptr += start_k.to(tl.int64) * stride_k + head // GROUP * times_kh * STRIDE_KH
     v_ptr += start_k.to(tl.int64) * stride_v + head // GROUP * times_vh * STRIDE_VH
     full = keys // BLOCK_N * BLOCK_N
     for first_key in range(0, full, BLOCK_N):
-        acc_0, acc_1 = _grad_q_of_keys(
-            q_0, q_1, grad_0, grad_1, shift, delta, acc_0, acc_1, k_ptr, v_ptr, stride_k, stride_v, first_key, keys,
-            scale_log2, HEAD_DIM, BLOCK_N, BLOCK_D0, BLOCK_D1, False, INT64_OFFSETS, INPUT_PRECISION,
+        acc = _grad_q_of_keys(
+            q, grad, shift, delta, acc, k_ptr, v_ptr, stride_k, stride_v, first_key, keys, scale_log2,
+            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D0, BLOCK_D1, False, INT64_OFFSETS, INPUT_PRECISION,
         )  # fmt: skip
     for first_key in range(full, keys, BLOCK_TAIL):
-        acc_0, acc_1 = _grad_q_of_keys(
-            q_0, q_1, grad_0, grad_1, shift, delta, acc_0, acc_1, k_ptr, v_ptr, stride_k, stride_v, first_key, keys,
-            scale_log2, HEAD_DIM, BLOCK_TAIL, BLOCK_D0, BLOCK_D1, True, INT64_OFFSETS, INPUT_PRECISION,
+        acc = _grad_q_of_keys(
+            q, grad, shift, delta, acc, k_ptr, v_ptr, stride_k, stride_v, first_key, keys, scale_log2,
+            HEAD_DIM, BLOCK_M, BLOCK_TAIL, BLOCK_D0, BLOCK_D1, True, INT64_OFFSETS, INPUT_PRECISION,
         )  # fmt: skip
-    _store(grad_q_ptr + row, acc_0 * scale, in_sequence, 0, BLOCK_D0, HEAD_DIM)
-    if BLOCK_D1 > 0:
-        _store(grad_q_ptr + row, acc_1 * scale, in_sequence, BLOCK_D0, BLOCK_D1, HEAD_DIM)
+    store_head(grad_q_ptr + row, [x * scale for x in acc], in_sequence, HEAD_DIM)
 
 
 @triton.jit
 def _grad_kv_of_queries(
-    k_0,
-    k_1,
-    v_0,
-    v_1,
-    grad_k_0,
-    grad_k_1,
-    grad_v_0,
-    grad_v_1,
+    k,
+    v,
+    grad_k,
+    grad_v,
     q_ptr,
     grad_ptr,
     delta_ptr,
@@ -325,50 +293,57 @@ def _grad_kv_of_queries(
     STRIDE_GRAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D0: tl.constexpr,
     BLOCK_D1: tl.constexpr,
     MASK_QUERIES: tl.constexpr,
     INT64_OFFSETS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """Add to the gradients of k and v what BLOCK_M queries from first_query on contribute."""
-    m = first_query + tl.arange(0, BLOCK_M)
-    in_sequence = m < queries
+    """Add to the gradients of k and v what BLOCK_M queries from first_query on contribute.
+
+    Blocks of columns are read in the order that costs least, the gradients' second one after the scores: every other
+    that was tried takes more registers or instructions on gfx942, sm_90 or sm_100.
+    """
+    m = first_query + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    in_sequence = m < queries  # [BLOCK_M]
     if MASK_QUERIES:
-        delta = tl.load(delta_ptr + m, mask=in_sequence, other=0.0)
-        shift = tl.load(shift_ptr + m, mask=in_sequence, other=0.0)
+        delta = tl.load(delta_ptr + m, mask=in_sequence, other=0.0)  # [BLOCK_M]
+        shift = tl.load(shift_ptr + m, mask=in_sequence, other=0.0)  # [BLOCK_M]
     else:
-        delta = tl.load(delta_ptr + m)
-        shift = tl.load(shift_ptr + m)
+        delta = tl.load(delta_ptr + m)  # [BLOCK_M]
+        shift = tl.load(shift_ptr + m)  # [BLOCK_M]
     if INT64_OFFSETS:
         m = m.to(tl.int64)
-    q_rows = q_ptr + m[:, None] * stride_q
-    grad_rows = grad_ptr + m[:, None] * STRIDE_GRAD
-    q_0 = _load(q_rows, in_sequence[:, None], 0, BLOCK_D0, HEAD_DIM, MASK_QUERIES)
-    grad_0 = _load(grad_rows, in_sequence[:, None], 0, BLOCK_D0, HEAD_DIM, MASK_QUERIES)
-    scores = tl.dot(k_0, tl.trans(q_0), input_precision=INPUT_PRECISION)
-    if BLOCK_D1 > 0:
-        q_1 = _load(q_rows, in_sequence[:, None], BLOCK_D0, BLOCK_D1, HEAD_DIM, MASK_QUERIES)
-        scores = tl.dot(k_1, tl.trans(q_1), scores, input_precision=INPUT_PRECISION)
-    p = tl.exp2(scores * scale_log2 - shift[None, :])  # [keys, queries]
+    q_rows = q_ptr + m[:, None] * stride_q  # [BLOCK_M, 1]
+    grad_rows = grad_ptr + m[:, None] * STRIDE_GRAD  # [BLOCK_M, 1]
+    q_in_sequence = in_sequence[:, None] if MASK_QUERIES else None  # [BLOCK_M, 1]
+
+    q = ()
+    grad = ()
+    scores = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # [BLOCK_N, BLOCK_M]
+    for block in tl.static_range(len(k)):
+        q += (load_columns(q_rows, q_in_sequence, block, HEAD_DIM, BLOCK_D0, BLOCK_D1),)  # [BLOCK_M, columns]
+        if block == 0:
+            grad += (load_columns(grad_rows, q_in_sequence, block, HEAD_DIM, BLOCK_D0, BLOCK_D1),)  # [BLOCK_M, columns]
+        scores = tl.dot(k[block], tl.trans(q[block]), scores, input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
+    p = tl.exp2(scores * scale_log2 - shift[None, :])  # [BLOCK_N, BLOCK_M]
     if MASK_QUERIES:
         # A query past the end belongs to the next sequence; what is infinite in a key makes NaN of the zeros read.
-        p = tl.where(in_sequence[None, :], p, 0.0)
-    rounded = p.to(q_ptr.dtype.element_ty)
-    grad_v_0 = tl.dot(rounded, grad_0, grad_v_0, input_precision=INPUT_PRECISION)
-    grad_p = tl.dot(v_0, tl.trans(grad_0), input_precision=INPUT_PRECISION)
-    if BLOCK_D1 > 0:
-        grad_1 = _load(grad_rows, in_sequence[:, None], BLOCK_D0, BLOCK_D1, HEAD_DIM, MASK_QUERIES)
-        grad_v_1 = tl.dot(rounded, grad_1, grad_v_1, input_precision=INPUT_PRECISION)
-        grad_p = tl.dot(v_1, tl.trans(grad_1), grad_p, input_precision=INPUT_PRECISION)
-    grad_scores = p * (grad_p - delta[None, :])
+        p = tl.where(in_sequence[None, :], p, 0.0)  # [BLOCK_N, BLOCK_M]
+
+    rounded = p.to(q_ptr.dtype.element_ty)  # [BLOCK_N, BLOCK_M]
+    new_grad_v = ()
+    grad_p = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # [BLOCK_N, BLOCK_M]
+    for block in tl.static_range(len(v)):
+        if block > 0:
+            grad += (load_columns(grad_rows, q_in_sequence, block, HEAD_DIM, BLOCK_D0, BLOCK_D1),)  # [BLOCK_M, columns]
+        new_grad_v += (tl.dot(rounded, grad[block], grad_v[block], input_precision=INPUT_PRECISION),)
+        grad_p = tl.dot(v[block], tl.trans(grad[block]), grad_p, input_precision=INPUT_PRECISION)  # [BLOCK_N, BLOCK_M]
+    grad_scores = p * (grad_p - delta[None, :])  # [BLOCK_N, BLOCK_M]
     if MASK_QUERIES:
-        grad_scores = tl.where(in_sequence[None, :], grad_scores, 0.0)
-    grad_scores = grad_scores.to(q_ptr.dtype.element_ty)
-    grad_k_0 = tl.dot(grad_scores, q_0, grad_k_0, input_precision=INPUT_PRECISION)
-    if BLOCK_D1 > 0:
-        grad_k_1 = tl.dot(grad_scores, q_1, grad_k_1, input_precision=INPUT_PRECISION)
-    return grad_k_0, grad_k_1, grad_v_0, grad_v_1
+        grad_scores = tl.where(in_sequence[None, :], grad_scores, 0.0)  # [BLOCK_N, BLOCK_M]
+    return add_product(grad_k, grad_scores.to(q_ptr.dtype.element_ty), q, INPUT_PRECISION), new_grad_v
 
 
 @triton.jit(
@@ -425,21 +400,15 @@ def grad_kv_kernel(
     if (first_key < 0) | (first_key >= keys):
         return
 
-    n = first_key + tl.arange(0, BLOCK_N)
-    in_sequence = (n < keys)[:, None]
-    t = (start_k + n).to(tl.int64)[:, None]
-    k_rows = k_ptr + kv_head * times_kh * STRIDE_KH + t * stride_k
-    v_rows = v_ptr + kv_head * times_vh * STRIDE_VH + t * stride_v
-    k_0 = _load(k_rows, in_sequence, 0, BLOCK_D0, HEAD_DIM, True)
-    v_0 = _load(v_rows, in_sequence, 0, BLOCK_D0, HEAD_DIM, True)
-    grad_k_0 = tl.zeros((BLOCK_N, BLOCK_D0), tl.float32)
-    grad_v_0 = tl.zeros((BLOCK_N, BLOCK_D0), tl.float32)
-    k_1, v_1, grad_k_1, grad_v_1 = k_0, v_0, grad_k_0, grad_v_0
-    if BLOCK_D1 > 0:
-        k_1 = _load(k_rows, in_sequence, BLOCK_D0, BLOCK_D1, HEAD_DIM, True)
-        v_1 = _load(v_rows, in_sequence, BLOCK_D0, BLOCK_D1, HEAD_DIM, True)
-        grad_k_1 = tl.zeros((BLOCK_N, BLOCK_D1), tl.float32)
-        grad_v_1 = tl.zeros((BLOCK_N, BLOCK_D1), tl.float32)
+    n = first_key + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    in_sequence = (n < keys)[:, None]  # [BLOCK_N, 1]
+    t = (start_k + n).to(tl.int64)[:, None]  # [BLOCK_N, 1]
+    k_rows = k_ptr + kv_head * times_kh * STRIDE_KH + t * stride_k  # [BLOCK_N, 1]
+    v_rows = v_ptr + kv_head * times_vh * STRIDE_VH + t * stride_v  # [BLOCK_N, 1]
+    k = load_head(k_rows, in_sequence, HEAD_DIM, BLOCK_D0, BLOCK_D1)  # [BLOCK_N, head_dim]
+    v = load_head(v_rows, in_sequence, HEAD_DIM, BLOCK_D0, BLOCK_D1)  # [BLOCK_N, head_dim]
+    grad_k = zero_head(BLOCK_N, BLOCK_D0, BLOCK_D1)  # [BLOCK_N, head_dim]
+    grad_v = zero_head(BLOCK_N, BLOCK_D0, BLOCK_D1)  # [BLOCK_N, head_dim]
 
     full = queries // BLOCK_M * BLOCK_M
     for member in range(GROUP):
@@ -448,23 +417,20 @@ def grad_kv_kernel(
         grad_head = grad_ptr + (start.to(tl.int64) * (GROUP * KV_HEADS) + head) * HEAD_DIM
         row = head * total_tokens + start
         for first_query in range(0, full, BLOCK_M):
-            grad_k_0, grad_k_1, grad_v_0, grad_v_1 = _grad_kv_of_queries(
-                k_0, k_1, v_0, v_1, grad_k_0, grad_k_1, grad_v_0, grad_v_1, q_head, grad_head, delta_ptr + row,
-                shift_ptr + row, stride_q, first_query, queries, scale_log2, GROUP * KV_HEADS * HEAD_DIM, HEAD_DIM,
-                BLOCK_M, BLOCK_D0, BLOCK_D1, False, INT64_OFFSETS, INPUT_PRECISION,
+            grad_k, grad_v = _grad_kv_of_queries(
+                k, v, grad_k, grad_v, q_head, grad_head, delta_ptr + row, shift_ptr + row,
+                stride_q, first_query, queries, scale_log2, GROUP * KV_HEADS * HEAD_DIM, HEAD_DIM,
+                BLOCK_M, BLOCK_N, BLOCK_D0, BLOCK_D1, False, INT64_OFFSETS, INPUT_PRECISION,
             )  # fmt: skip
         for first_query in range(full, queries, BLOCK_TAIL):
-            grad_k_0, grad_k_1, grad_v_0, grad_v_1 = _grad_kv_of_queries(
-                k_0, k_1, v_0, v_1, grad_k_0, grad_k_1, grad_v_0, grad_v_1, q_head, grad_head, delta_ptr + row,
-                shift_ptr + row, stride_q, first_query, queries, scale_log2, GROUP * KV_HEADS * HEAD_DIM, HEAD_DIM,
-                BLOCK_TAIL, BLOCK_D0, BLOCK_D1, True, INT64_OFFSETS, INPUT_PRECISION,
+            grad_k, grad_v = _grad_kv_of_queries(
+                k, v, grad_k, grad_v, q_head, grad_head, delta_ptr + row, shift_ptr + row,
+                stride_q, first_query, queries, scale_log2, GROUP * KV_HEADS * HEAD_DIM, HEAD_DIM,
+                BLOCK_TAIL, BLOCK_N, BLOCK_D0, BLOCK_D1, True, INT64_OFFSETS, INPUT_PRECISION,
             )  # fmt: skip
-    row = t * (KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM
-    _store(grad_k_ptr + row, grad_k_0 * scale, in_sequence, 0, BLOCK_D0, HEAD_DIM)
-    _store(grad_v_ptr + row, grad_v_0, in_sequence, 0, BLOCK_D0, HEAD_DIM)
-    if BLOCK_D1 > 0:
-        _store(grad_k_ptr + row, grad_k_1 * scale, in_sequence, BLOCK_D0, BLOCK_D1, HEAD_DIM)
-        _store(grad_v_ptr + row, grad_v_1, in_sequence, BLOCK_D0, BLOCK_D1, HEAD_DIM)
+    row = t * (KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM  # [BLOCK_N, 1]
+    store_head(grad_k_ptr + row, [x * scale for x in grad_k], in_sequence, HEAD_DIM)
+    store_head(grad_v_ptr + row, grad_v, in_sequence, HEAD_DIM)
 
 
 def launch(
@@ -510,6 +476,7 @@ def launch(
         "STRIDE_KH": of_k,
         "GROUP": heads // kv_heads,
         "HEAD_DIM": head_dim,
+        # As in the forward.
         "SEARCH": 128,
     }
     of_values = {"scale": scale, "stride_v": v.stride(0), "times_vh": times_v, "STRIDE_VH": of_v}
