@@ -165,7 +165,7 @@ def default_linear(dtype: torch.dtype) -> Configuration:
 
 def current_target() -> str:
     """The current device as `candidates` names it."""
-    target = triton.runtime.driver.active.getcurrent_target()
+    target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).partition(":")[0]
 
 
