@@ -166,6 +166,23 @@ def writes_normalised_far() -> None:
 # linear_gelu
 
 
+def limits_registers_where_needed() -> None:
+    kernel = triton_module("layer_norm_pixel_shuffle")
+    assert kernel.options(torch.bfloat16) == {}
+    for version, dtype, target, expected in (
+        ("3.6.0", torch.bfloat16, "sm_90", {"maxnreg": 96}),
+        ("3.6.0", torch.float32, "sm_90", {}),
+        ("3.6.0", torch.bfloat16, "gfx942", {}),
+        ("3.7.1", torch.bfloat16, "sm_90", {}),
+    ):
+        with (
+            mock.patch("triton.__version__", version),
+            mock.patch("triton.knobs.runtime.interpret", False),
+            mock.patch.object(kernel, "current_target", lambda target=target: target),
+        ):
+            assert kernel.options(dtype) == expected
+
+
 def gelu_blocks(tokens: int, in_features: int, out_features: int, blocks: tuple[int, int, int, int]) -> None:
     x, weight = (padded((n, in_features), torch.float32, i) for i, n in enumerate((tokens, out_features)))
     bias = nan_padded(seeded_tensor((out_features,), torch.float32, 2), [(4, 4)]).tensor
@@ -623,7 +640,12 @@ CHECKS: dict[str, tuple[Callable[[], None], ...]] = {
         writes_gelus_far,
     ),
     "pixel_shuffle": (shuffles_grids, shuffles_more_channels_than_a_block, shuffles_from_far, writes_far),
-    "layer_norm_pixel_shuffle": (normalises_and_shuffles, normalises_from_far, writes_normalised_far),
+    "layer_norm_pixel_shuffle": (
+        normalises_and_shuffles,
+        normalises_from_far,
+        writes_normalised_far,
+        limits_registers_where_needed,
+    ),
 }
 
 
