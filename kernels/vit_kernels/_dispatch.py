@@ -7,6 +7,7 @@ which implementation it calls. With None, as in a direct call of `torch.ops.vit_
 import contextlib
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -70,7 +71,7 @@ def define(
             if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.numel():
                 _validation.check_last_dim_contiguous(argument, tensor)
         with launch_context(impl, x):
-            return implementations[impl](x, *rest)
+            return _untraced(implementations[impl], x)(x, *rest)
 
     def fake_kernel(x: torch.Tensor, *args: Any) -> Any:
         return fake(x, *args[:-1])
@@ -117,6 +118,16 @@ def launch_context(impl: str, x: torch.Tensor) -> contextlib.AbstractContextMana
             "vit_kernels.testing.corrected_interpreter()"
         )
     return contextlib.nullcontext()
+
+
+def _untraced(launch: Callable[..., Any], x: torch.Tensor) -> Callable[..., Any]:
+    """The launch; on a CPU it is not traced: after a break in a caller's graph Dynamo would trace the interpreter."""
+    return launch if x.is_cuda or "torch._dynamo" not in sys.modules else _disabled(launch)
+
+
+@functools.cache
+def _disabled(launch: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compiler.disable(launch)
 
 
 @functools.cache

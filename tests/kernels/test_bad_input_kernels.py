@@ -249,6 +249,17 @@ def test_compiled_code_of_any_size_checks_sizes_when_it_runs() -> None:
         assert raised_by(compiled, {"q": q}) != is_right
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.filterwarnings("ignore:Dynamo d")
+def test_after_a_break_in_a_graph_the_interpreter_is_not_traced(implementation: str) -> None:
+    """Numbers of numpy break the graph before the op, and Dynamo goes on with what the op calls."""
+    grid: Any = np.int64(4), np.int64(6)
+    with force_impl(implementation):
+        compiled = torch.compile(lambda x: pixel_shuffle(x, *grid), backend="eager")
+        assert torch.equal(compiled(X), pixel_shuffle(X, 4, 6))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_numbers_of_numpy_are_numbers(implementation: str) -> None:
     ones, qkv = torch.ones(6), torch.ones(12, 6, 16)
