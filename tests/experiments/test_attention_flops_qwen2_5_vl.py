@@ -42,6 +42,9 @@ def test_the_committed_table_is_what_the_code_computes() -> None:
     here = attention_flops.installed()
     made = [attention_flops.row(workload, attention) for workload in WORKLOADS.values() for attention in here]
     names = {attention.name for attention in here}
+    # A version names who was counted, and a new one need not count otherwise.
+    for row in (*committed, *made):
+        row["package"] = row["package"].partition(" ")[0]
     assert [row for row in committed if row["attention"] in names] == made
     assert {row["attention"] for row in committed} == {attention.name for attention in attention_flops.ATTENTIONS}
 
