@@ -15,9 +15,6 @@ from vit_encoder.compilation.thread_state import tracing
 # Names, as importing the latter two loads much of torch: they stand for a plain parameter while it is traced.
 _PLAIN = ("Parameter", "Tensor", "FakeTensor", "FunctionalTensor")
 
-# What every module has and no forward reads, and what a layer of an encoder may have for itself.
-_UNREAD = {*vars(nn.Module()), "index", "forward", "plain_parts", "aliased_parts"} - {"training"}
-
 
 def can_nest_regions(layer: Any) -> bool:
     """Whether a layer may be a nested region of the graph being traced.
@@ -57,47 +54,19 @@ def has_aliased_parts(layer: nn.Module) -> bool:
 
 
 def prepare_layers(layers: nn.ModuleList) -> None:
-    """Note of each layer what `can_nest_regions` asks.
-
-    Under `frozen_parameters` a region is also none where it is not what the first one of its kind is, which torch would
-    call in its place.
-    """
-    firsts: dict[Any, Any] = {}
+    """Note of each layer what `can_nest_regions` asks."""
     for layer in layers:
-        plain = has_plain_parts(layer)
-        if plain and tracing.frozen:
-            held = _held(layer)
-            plain = firsts.setdefault(getattr(layer, "full", None), held) == held
-        layer.plain_parts = plain  # type: ignore[assignment]
+        layer.plain_parts = has_plain_parts(layer)  # type: ignore[assignment]
         layer.aliased_parts = has_aliased_parts(layer)  # type: ignore[assignment]
-
-
-def _held(layer: nn.Module) -> list[Any]:
-    """What two layers have in common whose regions are the same code: modules, attributes, which tensors are one."""
-    places: dict[Tensor | None, int] = {}
-    held = []
-    for path, module in layer.named_modules(remove_duplicate=False):
-        tensors = {
-            name: (places.setdefault(x, len(places)), None if x is None else (x.dtype, x.shape))
-            for name, x in (module._parameters | module._buffers).items()
-        }
-        attributes = {
-            name: repr(value) if isinstance(value, bool | int | float | str | tuple | None) else id(value)
-            for name, value in vars(module).items()
-            if name not in _UNREAD
-        }
-        held.append((path, type(module), tensors, attributes))
-    return held
 
 
 def guarded_layer_by_layer(results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """The results of a layer as its nested region returns them.
 
     Where all of them are tensors, torch 2.13 traces a region once, and reuses it for the other layers without a guard
-    on anything in them but their parameters. With a result that is none, it traces and guards every layer. Under
-    `frozen_parameters` the guards on parameters are dropped, and so are these.
+    on anything in them but their parameters. With a result that is none, it traces and guards every layer.
     """
-    return results if tracing.frozen else (*results, None)
+    return (*results, None)
 
 
 def has_hooks(module: nn.Module) -> bool:

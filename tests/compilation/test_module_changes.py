@@ -111,6 +111,12 @@ def parameter_for_buffer(module: Stack) -> None:
     module.offset = nn.Parameter(torch.full((8,), 3.0))
 
 
+def own_class(module: Stack) -> None:
+    layer = module.layers[0]
+    base = type(layer)
+    layer.__class__ = type(base.__name__, (base,), {"forward": lambda self, x: 2 * base.forward(self, x)})
+
+
 CHANGES: dict[str, Callable[[Stack], Any]] = {
     "cast": lambda module: module.double(),
     "cast a layer and its input": lambda module: module.layers[1].double(),
@@ -125,6 +131,7 @@ CHANGES: dict[str, Callable[[Stack], Any]] = {
     "pruned": lambda module: prune.l1_unstructured(module.layers[0], "weight", 0.5),
     "wrapped": lambda module: setattr(module.layers, "0", Wrapped(module.layers[0])),
     "another class": lambda module: setattr(module.layers, "1", Swapped(8, 8)),
+    "another class of a layer": own_class,
     "another width": lambda module: module.layers.append(nn.Linear(8, 8)),
     "another forward": another_forward,
     "hook of a layer": hook_of_a_layer,
@@ -369,18 +376,26 @@ def test_frozen_parameters_refuse_gradients_at_every_call() -> None:
         "parametrised",
         "wrapped",
         "another class",
+        "another class of a layer",
         "another width",
         "another forward",
+        "hook of a layer",
+        "hook before a layer",
+        "hook of the module",
         "re-registered buffer",
         "buffer becomes a parameter",
     ],
 )
+@pytest.mark.parametrize("calls_before", [1, 3])
 @torch.no_grad()
-def test_frozen_parameters_leave_every_other_guard(change: str) -> None:
+def test_frozen_parameters_leave_every_other_guard(calls_before: int, change: str) -> None:
     module = Stack(frozen_parameters=True)
-    assert_runs_itself(module, torch.randn(5, 8))
-    CHANGES[change](module)
-    assert_runs_itself(module, torch.randn(3, 8))
+    for _ in range(calls_before):
+        assert_runs_itself(module, torch.randn(5, 8))
+    for _ in range(2):
+        CHANGES[change](module)
+        assert_runs_itself(module, torch.randn(3, 8))
+        assert_runs_itself(module, torch.randn(3, 8))
 
 
 @torch.no_grad()

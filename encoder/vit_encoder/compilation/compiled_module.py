@@ -45,6 +45,9 @@ class CompiledModule:
         self.ranges = config.ranges(tag.is_encoder)
         self.calls: dict[int, Callable[..., Any]] = {}
         self.compiled: set[tuple[int, bool, bool]] = set()
+        # Under `frozen_parameters` the modules inside of it, and the classes that these had when it was compiled.
+        self.parts: list[nn.Module] = []
+        self.classes: list[type] = []
         self.one_at_a_time = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -73,6 +76,8 @@ class CompiledModule:
         """Run the graph that fits, or make it: one thread at a time, and for the others to find it then."""
         key = (index, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         known = key in self.compiled
+        if [*map(type, self.parts)] != self.classes:
+            self._show_classes()
         # Dynamo would split the graph of a module that DistributedDataParallel is calling.
         if known and DistributedDataParallel._get_active_ddp_module() is None:
             try:
@@ -90,7 +95,18 @@ class CompiledModule:
                 self.calls[index] = self._compile()
             out = self.calls[index](module, *args, **kwargs)
             self.compiled.add(key)
+            if self.config.frozen_parameters:
+                self.parts = [*module.modules()][1:]
+                self.classes = [*map(type, self.parts)]
         return out
+
+    def _show_classes(self) -> None:
+        """Make Dynamo look at the modules that got another class, which does not change the tag of their `__dict__`."""
+        for part, known in zip(self.parts, self.classes, strict=True):
+            if type(part) is not known:
+                vars(part)["_class_changed"] = True
+                del vars(part)["_class_changed"]
+        self.classes = [*map(type, self.parts)]
 
     def _compile(self) -> Callable[..., Any]:
         options: dict[str, Any] = {"guard_filter_fn": _keep_others} if self.config.frozen_parameters else {}
@@ -105,9 +121,11 @@ class _MustCompile(Exception):  # noqa: N818 (it never reaches a caller)
 @contextlib.contextmanager
 def _compiling(config: CompilationConfig) -> Iterator[None]:
     """What Dynamo is told while it traces; telling it takes too long for every call."""
-    options = {"optimize_ddp": False, "specialize_float": True}
     # Of itself Dynamo ignores hooks that a module gets after its graph was made.
-    options["skip_nnmodule_hook_guards"] = config.frozen_parameters
+    options = {"optimize_ddp": False, "specialize_float": True, "skip_nnmodule_hook_guards": False}
+    # Guards inside of modules whose `__dict__` is what it was are not evaluated. Tensors count as what never changes,
+    # which holds where parameters are frozen only.
+    options["use_recursive_dict_tags_for_guards"] = config.frozen_parameters
     # Else references to the parameters stay, and those of a tensor subclass cannot be moved. Not in torch 2.11.
     if isinstance(config.backend, str) and hasattr(torch._dynamo.config, "invalidate_compile_context_weakrefs"):
         options["invalidate_compile_context_weakrefs"] = True

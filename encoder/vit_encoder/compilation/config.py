@@ -44,17 +44,15 @@ class CompilationConfig:
         cache_dir: where Inductor's artefacts stay between processes, one file a graph; None leaves them to Inductor.
             They are native code: share the folder only with users whom you trust. `~` is the home.
         debug_dump_path: a folder that gets the source of every graph and this configuration; `~` is the home.
-        frozen_parameters: no parameter of the module changes but in its values, which saves half of a call's time or
-            more, as Dynamo guards each parameter separately. Its other guards stay: on buffers, submodules, attributes,
-            code and arguments. These changes after the first call are not seen, and raise, or compute wrong numbers, or
-            read memory that is not theirs: a parameter of another dtype (`half()`), device (`cuda()`), shape, strides
-            or class, by assignment, `parameter.data = ...`, `swap_tensors`, `load_state_dict(assign=True)` or
-            `functional_call`; a parameter deleted, set to None or pruned; two that become one, or one that becomes two;
-            a hook that a module gets or loses (Dynamo of itself sees no hooks either); and any change inside of a
-            layer of our encoders other than the first of its kind, since torch guards nothing where it reuses a nested
-            region. New values in place (`copy_`, `load_state_dict`), and a new parameter of the same properties, are
-            what the next call reads. With gradients enabled, a call where a parameter or an argument requires one is
-            refused.
+        frozen_parameters: no parameter of the module changes but in its values, which saves most of a call's time, as
+            Dynamo guards each parameter separately. Its other guards stay: on buffers, submodules, classes, attributes,
+            hooks, code and arguments. These changes after the first call are not seen, and raise, or compute wrong
+            numbers, or read memory that is not theirs: a parameter of another dtype (`half()`), device (`cuda()`),
+            shape, strides or class, by assignment, `parameter.data = ...`, `swap_tensors`,
+            `load_state_dict(assign=True)` or `functional_call`; a parameter deleted, set to None or pruned; and two
+            that become one, or one that becomes two. New values in place (`copy_`, `load_state_dict`), and a new
+            parameter of the same properties, are what the next call reads. With gradients enabled, a call where a
+            parameter or an argument requires one is refused.
 
     Raises:
         TypeError: a field of the wrong type.

@@ -301,13 +301,12 @@ def _run(module: Any, settings: _Settings, config: CompilationConfig, args: list
     for name, dims in settings.unbacked.items():
         if (tensor := given(name)) is not None:
             _mark(aliased(tensor), dims_of(name, tensor, dims), "unbacked")
-    outer = tracing.has_regions, tracing.prepared, tracing.frozen
+    outer = tracing.has_regions, tracing.prepared
     tracing.has_regions, tracing.prepared = gradients and _has_regions(config), True
-    tracing.frozen = config.frozen_parameters
     try:
         return compiled(index or 0, module, *args, **kwargs)
     finally:
-        tracing.has_regions, tracing.prepared, tracing.frozen = outer
+        tracing.has_regions, tracing.prepared = outer
 
 
 def _compiled_module(module: Any, settings: _Settings, config: CompilationConfig) -> CompiledModule:

@@ -66,10 +66,8 @@ class _Tracing(threading.local):
         # Whether a call of a decorated module may compile now, and whether what it traces may call nested regions.
         self.may_compile = False
         self.has_regions = False
-        # Whether the call is a decorated module's own, so that `prepare_compilation` was called before it was traced,
-        # and whether it is one under `frozen_parameters`.
+        # Whether the call is a decorated module's own, so that `prepare_compilation` was called before it was traced.
         self.prepared = False
-        self.frozen = False
 
 
 tracing = _Tracing()

@@ -15,7 +15,6 @@ from vit_kernels import linear_gelu, pixel_shuffle
 from vit_encoder.attention import Attention
 from vit_encoder.checkpoints import read_module
 from vit_encoder.compilation import CompilationConfig, support_torch_compile
-from vit_encoder.compilation.thread_state import tracing
 from vit_encoder.llama4.checkpoint import projector_tensors, vision_tensors
 from vit_encoder.llama4.config import Llama4VisionConfig, text_hidden_size
 from vit_encoder.llama4.images import Llama4ImageSettings
@@ -179,8 +178,7 @@ class Llama4VisionModel(nn.Module):
         """
         if not torch.compiler.is_compiling():
             self.validate_inputs(pixel_values, cu_seqlens)
-        elif not tracing.frozen:
-            check_order(self.layers, self.config.num_hidden_layers)
+        check_order(self.layers, self.config.num_hidden_layers)
         config = self.config
         tokens = config.tokens_per_tile
         # Not einops' rearrange: Dynamo traces how it reads its pattern, and guards that in 5 us of every call.
@@ -242,7 +240,6 @@ class Llama4VisionModel(nn.Module):
     def validate_inputs(self, pixel_values: Tensor, cu_seqlens: Tensor | None = None) -> None:
         """Raise what forward's docstring says, outside of any compiled graph."""
         config = self.config
-        check_order(self.layers, config.num_hidden_layers)
         expected = (config.num_channels, config.image_size, config.image_size)
         if not isinstance(pixel_values, Tensor):
             raise TypeError(f"pixel_values: got {type(pixel_values).__name__}, expected a tensor [tiles, *{expected}]")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vit_encoder.attention import Attention
 from vit_encoder.checkpoints import read_module
 from vit_encoder.compilation import CompilationConfig, support_torch_compile
-from vit_encoder.compilation.thread_state import surroundings, tracing
+from vit_encoder.compilation.thread_state import surroundings
 from vit_encoder.modules import (
     can_nest_regions,
     check_dtype_and_device,
@@ -178,8 +178,7 @@ class Qwen2_5_VLVisionEncoder(nn.Module):  # noqa: N801 (transformers' prefix)
         """
         if not torch.compiler.is_compiling():
             self.validate_inputs(pixel_values, window_index, reverse_index, cu_seqlens, cu_window_seqlens, cos, sin)
-        elif not tracing.frozen:
-            check_order(self.layers, self.config.depth)
+        check_order(self.layers, self.config.depth)
         units = window_index.shape[0]
         torch._check(units > 0)
         for tensor in (pixel_values, cos, sin):
@@ -220,7 +219,6 @@ class Qwen2_5_VLVisionEncoder(nn.Module):  # noqa: N801 (transformers' prefix)
 
     def _validate_pixel_values(self, pixel_values: Tensor) -> None:
         config = self.config
-        check_order(self.layers, config.depth)
         expected = f"[patches, {config.patch_dim}], patches a positive multiple of {config.merge_unit}"
         if not isinstance(pixel_values, Tensor):
             raise TypeError(f"pixel_values: got {type(pixel_values).__name__}, expected a tensor {expected}")
