@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import threading
 from collections.abc import Callable
@@ -240,6 +241,17 @@ def test_an_unfrozen_layer_gets_gradients() -> None:
     module.layers[0].requires_grad_(True)
     module(x).sum().backward()
     assert module.layers[0].weight.grad is not None
+
+
+@pytest.mark.skipif("recompile_limit" not in inspect.signature(torch.compile).parameters, reason="no limit of its own")
+def test_layers_that_are_unfrozen_one_after_the_other() -> None:
+    module, x = Stack(), torch.randn(5, 8)
+    module.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(12))
+    module.requires_grad_(False)
+    for layer in reversed(module.layers):
+        layer.requires_grad_(True)
+        module(x).sum().backward()
+        assert layer.weight.grad is not None
 
 
 def test_data_parallel_in_several_buckets_is_one_graph() -> None:

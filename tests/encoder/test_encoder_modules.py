@@ -101,6 +101,23 @@ def test_sharded_by_layer(make: Make) -> None:
         torch.testing.assert_close(parameter.grad.full_tensor(), gradients[name], msg=name)  # type: ignore[union-attr]
 
 
+@pytest.mark.usefixtures("process_group", "fresh_dynamo")
+# torch against itself, while it traces a layer of a sharded module.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@ENCODERS
+def test_sharded_and_compiled(make: Make) -> None:
+    model = make(compilation_config=CompilationConfig(compile_mm_encoder=True))
+    shard(model)
+    with pytest.raises(ValueError, match=r"sharded by FSDP, expected one that does not; call `layer\.compile"):
+        model(*batch(model))
+    model = make()
+    expected = model(*batch(model))
+    for layer in layers_of(model):
+        layer.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+    shard(model)
+    torch.testing.assert_close(model(*batch(model)), expected)
+
+
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("pixels", [torch.float32, torch.bfloat16])
 @ENCODERS

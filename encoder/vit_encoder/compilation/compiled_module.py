@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,11 +22,14 @@ from vit_encoder.compilation.counter import compilation_counter
 from vit_encoder.compilation.thread_state import ModelTag, tracing
 from vit_encoder.compilation.workarounds import compilation_lock, gradients_around_regions, workarounds
 
-# Otherwise all instances of a class share one limit of graphs (recompile_limit, 8), and one instance's graph counts as
-# another's recompilation. New in torch 2.13 or shortly before.
-_ISOLATED: dict[str, Any] = (
-    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-)
+# Otherwise all instances of a class share one limit of graphs, and one instance's graph counts as another's
+# recompilation. An encoder whose layers are unfrozen one after the other has a graph for each: Dynamo's limit is 8.
+# Both are new in torch 2.13 or shortly before.
+_OF_AN_INSTANCE: dict[str, Any] = {
+    name: value
+    for name, value in (("isolate_recompiles", True), ("recompile_limit", 64))
+    if name in inspect.signature(torch.compile).parameters
+}
 
 _dumps = itertools.count()
 
@@ -88,6 +92,7 @@ class CompiledModule:
         # While another thread compiles, in whichever module, guards fail that hold otherwise.
         alone = contextlib.nullcontext() if known else compilation_lock()
         with alone, self.one_at_a_time, _compiling(self.config):
+            _refuse_sharded(module)
             for part in module.modules():
                 if prepare := getattr(part, "prepare_compilation", None):
                     prepare()
@@ -111,7 +116,23 @@ class CompiledModule:
     def _compile(self) -> Callable[..., Any]:
         options: dict[str, Any] = {"guard_filter_fn": _keep_others} if self.config.frozen_parameters else {}
         backend = _Backend(self.config, self.tag.name)
-        return torch.compile(nn.Module._call_impl, backend=backend, fullgraph=True, options=options, **_ISOLATED)
+        return torch.compile(nn.Module._call_impl, backend=backend, fullgraph=True, options=options, **_OF_AN_INSTANCE)
+
+
+def _refuse_sharded(module: nn.Module) -> None:
+    """Dynamo cannot trace the hooks by which FSDP gathers parameters.
+
+    Raises:
+        ValueError: the module, or one in it, is sharded.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # loading it takes a second
+    for name, part in module.named_modules() if fsdp is not None else ():
+        if isinstance(part, fsdp.FSDPModule | fsdp.FullyShardedDataParallel):
+            raise ValueError(
+                f"compilation_config: got one that compiles the whole module, whose {name or 'own class'!r} is sharded "
+                "by FSDP, expected one that does not; call `layer.compile(fullgraph=True, dynamic=True)` on each layer "
+                "before it is sharded"
+            )
 
 
 class _MustCompile(Exception):  # noqa: N818 (it never reaches a caller)
@@ -122,7 +143,7 @@ class _MustCompile(Exception):  # noqa: N818 (it never reaches a caller)
 def _compiling(config: CompilationConfig) -> Iterator[None]:
     """What Dynamo is told while it traces; telling it takes too long for every call."""
     # Of itself Dynamo ignores hooks that a module gets after its graph was made.
-    options = {"optimize_ddp": False, "specialize_float": True, "skip_nnmodule_hook_guards": False}
+    options: dict[str, Any] = {"optimize_ddp": False, "specialize_float": True, "skip_nnmodule_hook_guards": False}
     # Guards inside of modules whose `__dict__` is what it was are not evaluated. Tensors count as what never changes,
     # which holds where parameters are frozen only.
     options["use_recursive_dict_tags_for_guards"] = config.frozen_parameters
