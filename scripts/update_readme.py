@@ -178,7 +178,8 @@ def results_text(folder: Path) -> str:
     intro = (
         "# Results\n\nThe JSON files of this folder were written by the commands that `python -m experiments` lists, "
         "with their date and versions inside; `peers.*` by `./scripts/test_peers.sh`; [predictions.md](predictions.md) "
-        "holds predicted times against those that others measured; `range_splitting.json` and "
+        "holds predicted times against those that others measured, [graph_budgets.md](graph_budgets.md) the padding in "
+        "CUDA graphs; `range_splitting.json` and "
         "`rotate_queries.json` by experiments that are settled and gone. Below is the main job, `./scripts/run.sh`: a "
         "photograph is cut into tiles (Llama 4) or resized to whole patches (Qwen2.5-VL) and encoded eagerly, compiled "
         "and by transformers, all on the same weights. Each result is first compared with an fp64 reference; what is "
