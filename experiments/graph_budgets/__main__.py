@@ -1,6 +1,6 @@
 """How much of what CUDA graphs compute is padding: our budgets and planner beside powers of two and vLLM's packing.
 
-Batches of 1 to 8 images are drawn from mixes of image sizes. Nothing is encoded. Qwen2.5-VL's budgets come from here:
+Batches of 1 to 8 images are drawn from mixes of image sizes. Nothing is encoded. Budgets of patches come from here:
 single steps from evenly spaced ones, over batches of both mixes.
 """
 
@@ -34,7 +34,9 @@ INTRO = f"""# Padding in CUDA graphs
 Written by `python -m experiments.graph_budgets`. {BATCHES} batches of each number of images, 1 to {LARGEST_BATCH},
 drawn from a mix of sizes and packed into the budgets of captured graphs; padding is the share of the tiles or patches
 that the graphs compute in vain. Nothing was encoded. "Smallest first" adds images, the smallest first, until the
-largest budget is full, as vLLM does; "planner" is `plan_replays`.
+largest budget is full, as vLLM does; "planner" is `plan_replays`. Replays: of a batch, on average. Beyond: the images
+that are larger than the largest budget, which no graph takes; they count in nothing else. Budgets
+of patches were chosen on other batches of these mixes.
 """
 
 
@@ -60,26 +62,30 @@ def rows(encoder: Encoder) -> list[dict[str, Any]]:
     return found
 
 
-def searched() -> tuple[int, ...]:
-    """Qwen2.5-VL's budgets."""
-    (encoder,) = (encoder for encoder in ENCODERS if encoder.unit == "patches")
+def searched(encoder: Encoder) -> tuple[int, ...]:
+    """The budgets of an encoder of patches."""
     batches = [batch for mix in MIXES for batch in draw(encoder.images(mix), SEARCHED, seed=0)]
     return search(batches, START, STEPS)
 
 
 def markdown(result: dict[str, Any]) -> str:
     """The table, and what the mixes are."""
-    columns = ("encoder", "mix", "budgets", "packing", "padding, single images", "padding", "replays a batch")
-    lines = [columns, ["---"] * 4 + ["---:"] * 3, *map(_cells, result["rows"])]
+    columns = ("encoder", "mix", "budgets", "packing", "padding, single images", "padding", "replays", "beyond")
+    lines = [columns, ["---"] * 4 + ["---:"] * 4, *map(_cells, result["rows"])]
     mixes = [f"- {mix.name}: {mix.source}." for mix in MIXES]
-    found = f"The search of Qwen2.5-VL's budgets found {', '.join(map(str, result['searched']))}."
-    return "\n".join([INTRO, *(f"| {' | '.join(line)} |" for line in lines), "", *mixes, "", found, ""])
+    found = [f"The search for {name} found {', '.join(map(str, of))}." for name, of in result["searched"].items()]
+    return "\n".join([INTRO, *(f"| {' | '.join(line)} |" for line in lines), "", *mixes, "", *found, ""])
 
 
 def _cells(row: dict[str, Any]) -> Sequence[str]:
     budgets = f"{row['which']}: {', '.join(map(str, row['budgets']))} {row['unit']}"
     single, batches = row["single"], row["batches"]
-    figures = f"{single['fraction']:.1%}", f"{batches['fraction']:.1%}", f"{batches['replays']:.2f}"
+    figures = (
+        f"{single['fraction']:.1%}",
+        f"{batches['fraction']:.1%}",
+        f"{batches['replays']:.2f}",
+        f"{batches['beyond']:.0%}",
+    )
     return row["encoder"], row["mix"], budgets, row["packing"], *figures
 
 
@@ -91,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     result = cli.result(
         "graph_budgets",
         mixes={mix.name: mix.source for mix in MIXES},
-        searched=searched(),
+        searched={encoder.name: searched(encoder) for encoder in ENCODERS if encoder.unit == "patches"},
         rows=[row for encoder in ENCODERS for row in rows(encoder)],
     )
     text = markdown(result)
