@@ -34,11 +34,12 @@ A call takes launch + the longer of (waves x (tile + products + exponentials) an
 bandwidth)): launch {launch:.1f} us, {tile:.1f} us for the start and the end of a tile, products at {matrix:.2f} and
 exponentials at {exponentials:.2f} of their peaks (above 1: they overlap, while the model adds them). These four were
 fitted to FlashAttention 3 on an H100 at head_dim 64 and 80 alone, and the form of the model was chosen by its error
-there; all other rows judge it. The H200 has the H100's
-processors and other memory, so its head_dim 64 and 80 say little more than how well a measurement repeats; head_dim 72
-and the B200, with another kernel and other tiles, are what the model did not know. On all of FlashAttention that was
-held out ({count} rows) half of the errors are below {median:.1%}, nine of ten below {ninetieth:.1%}. TensorRT-LLM's
-bias says how much slower it is than FlashAttention would be: no error of a model that knows its tiles.
+there; all other rows judge it (they entered no fit and no choice, though the model's author had read them). The H200
+has the H100's processors and other memory, so its head_dim 64 and 80 say little more than how well a measurement
+repeats; head_dim 72 and the B200, with another kernel and other tiles, are what the model did not know. On all of
+FlashAttention that was held out ({count} rows) half of the errors are below {median:.1%}, nine of ten below
+{ninetieth:.1%}. TensorRT-LLM's bias says how much slower it is than FlashAttention would be: no error of a model that
+knows its tiles.
 """
 
 SIZES = """FlashAttention's rows that were held out, by tokens of a sequence. Up to 256 tokens a call is mostly launch
