@@ -33,6 +33,8 @@ COMMANDS = (
     Command("python -m experiments.compile_cost", "what does compiling cost, cold, warm and loaded?", "4 min"),
     Command("python -m experiments.compile_cost --calls", "what does a call cost before any arithmetic?", "1 min"),
     Command("python -m experiments.compile_cost.explain", "why is a module not one graph?", "seconds"),
+    Command("python -m experiments.graph_budgets", "how much do CUDA graphs pad, with which budgets?", "1 min"),
+    Command("python -m experiments.predictions", "how far off are predicted times, held against measured?", "seconds"),
     Command("python -m experiments.vllm", "what do our kernels and encoder change in vLLM's serving?", "needs vLLM"),
     Command("python -m experiments.vllm --offline", "does vLLM write the same text with them?", "needs vLLM"),
     Command("python -m experiments.dataset", "how fast is a collection of images embedded?", "by its images"),

@@ -1,6 +1,7 @@
 """Write what experiments measured into the texts: python scripts/update_readme.py [--check].
 
-README.md gets three tables beside peers between its markers, and the figure of them in a light and a dark form;
+README.md gets three tables beside peers and a predicted time between its markers, and the figure of the tables in a
+light and a dark form;
 experiments/results/README.md the main job's results, a table for each compile_encoder-*.json.
 With --check nothing is written, and the exit status is 1 if something would be.
 """
@@ -15,12 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.common import comparison_figure
 from experiments.encode.report import cutting, encoder_text, header, notes, table_rows
+from experiments.predictions.text import measured_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
 BEGIN = "<!-- comparison: written by scripts/update_readme.py -->"
 END = "<!-- end of comparison -->"
 TILES = 16
+PREDICTED = {"gpu": "H100", "sequences": 16, "length": 576, "head_dim": 80}
+"""Of the sizes that a peer was measured at, the nearest to a batch of Llama 4's tiles."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,10 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, report by the exit status")
     options = parser.parse_args(arguments)
     layers, attention, seconds = layer_costs(RESULTS), attention_flops(RESULTS), first_results(RESULTS)
+    predicted = predicted_time(RESULTS)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     try:
         texts = {
-            ROOT / "README.md": between_markers(readme, comparison_text(layers, attention, seconds)),
+            ROOT / "README.md": between_markers(readme, comparison_text(layers, attention, seconds, predicted)),
             RESULTS / "README.md": results_text(RESULTS),
         }
     except ValueError as error:
@@ -103,12 +108,27 @@ def first_results(folder: Path) -> dict[str, tuple[float, int]]:
     return {text: (by_name[name]["seconds"], by_name[name]["graphs"]) for name, text in shown.items()}
 
 
+def predicted_time(folder: Path) -> str:
+    """Our attention beside the measured peer at one size: no predicted time stands anywhere without these words."""
+    result = json.loads((folder / "predictions.json").read_text(encoding="utf-8"))
+    (row,) = (row for row in result["ours"] if [row[name] for name in PREDICTED] == list(PREDICTED.values()))
+    errors, (low, high) = result["held_out"], row["interval"]
+    return (
+        f"On an {row['gpu']} flash-attn 3 takes {measured_text(row)} us for attention over {row['sequences']} x "
+        f"{row['length']} tokens, head_dim {row['head_dim']} ([measured by others]"
+        f"(experiments/results/predictions.md)); {row['ours']:.3g} us is {row['label']} (held-out error: median "
+        f"{errors['median']:.1%}, 90th percentile {errors['ninetieth']:.1%}). Ours is unknown until a GPU has run it: "
+        f"the roofline's {low:.3g} to {high:.3g} us leave open which is faster."
+    )
+
+
 def comparison_text(
     layers: dict[str, tuple[float, float]],
     attention: dict[str, dict[str, float]],
     seconds: dict[str, tuple[float, int]],
+    predicted: str,
 ) -> str:
-    """Markdown of the figure and the three tables."""
+    """Markdown of the figure, the three tables and the predicted time."""
     implementations = list(next(iter(attention.values())))
     base = "experiments/results/comparison"
     lines = [
@@ -131,6 +151,8 @@ def comparison_text(
         "| first result of 34 narrow layers, after imports, on one CPU thread | seconds |",
         "| --- | ---: |",
         *(f"| {name} | {first:.2g} |" for name, (first, _) in seconds.items()),
+        "",
+        predicted,
     ]
     return "\n".join(lines)
 
@@ -155,7 +177,9 @@ def results_text(folder: Path) -> str:
     """
     intro = (
         "# Results\n\nThe JSON files of this folder were written by the commands that `python -m experiments` lists, "
-        "with their date and versions inside; `peers.*` by `./scripts/test_peers.sh`; `range_splitting.json` and "
+        "with their date and versions inside; `peers.*` by `./scripts/test_peers.sh`; [predictions.md](predictions.md) "
+        "holds predicted times against those that others measured, [graph_budgets.md](graph_budgets.md) the padding in "
+        "CUDA graphs; `range_splitting.json` and "
         "`rotate_queries.json` by experiments that are settled and gone. Below is the main job, `./scripts/run.sh`: a "
         "photograph is cut into tiles (Llama 4) or resized to whole patches (Qwen2.5-VL) and encoded eagerly, compiled "
         "and by transformers, all on the same weights. Each result is first compared with an fp64 reference; what is "

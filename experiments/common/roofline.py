@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 ACHIEVABLE_RATE = 0.6
@@ -13,7 +14,7 @@ ASSUMPTIONS = (
     f"{ACHIEVABLE_RATE:.0%} of the peak rates and {ACHIEVABLE_BANDWIDTH:.0%} of the bandwidth. Matrix products are "
     "those that the compiled code issues, padding and repeats in other warps included. Every compulsory byte moves "
     "once (caches serve the rest). Not in the model: launches, the last wave of blocks, latency, other arithmetic, "
-    "spills, power limits."
+    "spills, power limits. How far such intervals are from what others measured: experiments/results/predictions.md."
 )
 
 
@@ -26,6 +27,7 @@ class Gpu:
         flops: matrix FLOP/s by dtype; float32 on NVIDIA is tf32's rate, and each product is made of three.
         bandwidth: HBM, bytes/s.
         exponentials: exp2 a second: 16 a clock and multiprocessor.
+        processors: multiprocessors (compute units on AMD).
         source: of the figures.
     """
 
@@ -33,12 +35,31 @@ class Gpu:
     flops: dict[str, float]
     bandwidth: float
     exponentials: float
+    processors: int
     source: str
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What a kernel makes of a GPU: fitted to measurements, see `experiments.predictions`.
+
+    Attributes:
+        launch: seconds of a call before and after any work.
+        tile: seconds that a tile takes beyond its arithmetic: its first loads and its last stores.
+        matrix: share of the peak rate of matrix products. Above 1 where the exponentials overlap with them, whose
+            time is added.
+        exponentials: share of the peak rate of exponentials, likewise.
+    """
+
+    launch: float
+    tile: float
+    matrix: float
+    exponentials: float
 
 
 def _nvidia(target: str, half: float, tf32: float, bandwidth: float, processors: int, clock: float, source: str) -> Gpu:
     rates = {"bfloat16": half, "float16": half, "float32": tf32}
-    return Gpu(target, rates, bandwidth, 16 * processors * clock, source)
+    return Gpu(target, rates, bandwidth, 16 * processors * clock, processors, source)
 
 
 # Exponentials: "Arithmetic Instructions" of the CUDA C++ Programming Guide; for CDNA 3 a quarter of the rate of other
@@ -53,6 +74,7 @@ GPUS = {
         {"bfloat16": 1307.4e12, "float16": 1307.4e12, "float32": 163.4e12},
         5.3e12,
         16 * 304 * 2.1e9,
+        304,
         "AMD Instinct MI300X data sheet",
     ),
 }
@@ -71,3 +93,33 @@ def interval(gpu: Gpu, dtype: str, *, matrix_flops: float, exponentials: float, 
     seconds = (matrix_flops / gpu.flops[dtype], exponentials / gpu.exponentials, nbytes / gpu.bandwidth)
     *computing, moving = seconds
     return max(seconds), sum(computing) / ACHIEVABLE_RATE + moving / ACHIEVABLE_BANDWIDTH
+
+
+def tiled_seconds(
+    gpu: Gpu,
+    efficiency: Efficiency,
+    *,
+    tiles: int,
+    flops: float,
+    exponentials: float,
+    nbytes: float,
+    rate: float,
+    resident: int = 1,
+) -> float:
+    """Seconds of a kernel whose equal tiles go to the multiprocessors in waves, the last of which may be partly empty.
+
+    Args:
+        gpu: one of GPUS.
+        efficiency: of the kernel.
+        tiles: blocks of threads.
+        flops, exponentials: of one tile, issued.
+        nbytes: compulsory traffic of the kernel, at `ACHIEVABLE_BANDWIDTH`: a lower bound behind the launch.
+        rate: matrix FLOP/s of the GPU at its peak.
+        resident: blocks that share a multiprocessor. They begin and end together, and share its arithmetic.
+    """
+    of_tile = gpu.processors * (
+        flops / (rate * efficiency.matrix) + exponentials / (gpu.exponentials * efficiency.exponentials)
+    )
+    starts = math.ceil(tiles / (gpu.processors * resident))
+    computing = starts * efficiency.tile + math.ceil(tiles / gpu.processors) * of_tile
+    return efficiency.launch + max(computing, nbytes / (gpu.bandwidth * ACHIEVABLE_BANDWIDTH))

@@ -30,7 +30,8 @@ SCRIPT = """
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.utils._python_dispatch import TorchDispatchMode
     from triton import knobs
-    from vit_encoder import Llama4VisionConfig, Llama4VisionModel
+    from vit_encoder import Llama4VisionConfig, Llama4VisionModel, Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel
+    from vit_encoder.qwen2_5_vl import VisionMetadata
     from vit_encoder.testing import fake_cuda
     from vit_kernels import _dispatch
     from vit_kernels.inspection import compile_launch
@@ -46,20 +47,20 @@ SCRIPT = """
         return [leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
-    def traced(module, x):
-        return make_fx(lambda x: module.forward(x))(x)
+    def traced(module, *inputs):
+        return make_fx(lambda *inputs: module.forward(*inputs))(*inputs)
 
 
-    def offences(module, x):
+    def offences(module, *inputs):
         '''What a capture of the module's call would trip over, found by tracing it.'''
         try:
-            graph = traced(module, x)
+            graph = traced(module, *inputs)
         except Exception as error:
             return [type(error).__name__]
         found = []
         for node in graph.graph.nodes:
             value = getattr(graph, node.target) if node.op == "get_attr" else node.meta.get("val")
-            found += [f"{node.target} on {x.device}" for x in tensors(value) if x.device.type != "cuda"]
+            found += [f"{node.target} on {of.device}" for of in tensors(value) if of.device.type != "cuda"]
             if isinstance(node.target, torch._ops.OpOverload):
                 tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(node.target.tags)
                 found += [f"{node.target}: {tag}" for tag in tags]
@@ -158,12 +159,29 @@ SCRIPT = """
         def forward(self, x):
             return x[x > 0]
 
+    def padded(config, patches):
+        '''What a graph of so many patches of Qwen2.5-VL is called with.'''
+        order = torch.empty(patches // config.merge_unit, dtype=torch.int64)
+        boundaries = torch.empty(5, dtype=torch.int32)
+        table = torch.empty(patches, config.head_dim // 2, dtype=torch.float32)
+        metadata = VisionMetadata(
+            window_index=order, reverse_index=order, cu_seqlens=boundaries[:3], cu_window_seqlens=boundaries,
+            cos=table, sin=table,
+        )
+        return torch.empty(patches, config.patch_dim), *metadata
+
+
     facts = {}
     with fake_cuda(torch.bfloat16):
         with torch.device("cuda"):
             model = Llama4VisionModel(Llama4VisionConfig.tiny())
+            qwen_config = Qwen2_5_VLVisionConfig.tiny()
+            qwen = Qwen2_5_VLVisionModel(qwen_config).encoder
+            qwen_inputs = padded(qwen_config, patches=128)
         pixel_values, pair = torch.empty(3, 3, 112, 112, device="cuda"), torch.empty(64, 64, device="cuda")
         facts["encoder"] = offences(model, pixel_values)
+        facts["qwen"] = offences(qwen, *qwen_inputs)
+        qwen_graph = traced(qwen, *qwen_inputs)
         facts["controls"] = {type(module).__name__: offences(module, pair) for module in (Waits(), Copies(), Selects())}
         graph, controls_graph = traced(model, pixel_values), traced(Controls(), pair)
         generated = generate_cuda_code(model, pixel_values, dynamic_tiles=True)
@@ -175,7 +193,7 @@ SCRIPT = """
                     generate_cuda_code(lambda x: x + 1, pair)
                 except Exception as error:
                     facts["disagreement"][what] = str(error)
-    facts["launches"] = launches(graph, sys.argv[1:])
+    facts["launches"] = launches(graph, sys.argv[1:]) + launches(qwen_graph, sys.argv[1:])
     facts["control_launches"] = launches(controls_graph, sys.argv[1:2])
     print(json.dumps(facts))
 """
@@ -208,6 +226,7 @@ def calls(code: str) -> str:
 
 def test_the_encoder_traces_without_host_reads_copies_and_sizes_that_data_decides(facts: dict[str, Any]) -> None:
     assert facts["encoder"] == []
+    assert facts["qwen"] == []
     assert facts["controls"]["Waits"] == ["DataDependentOutputException"]
     assert facts["controls"]["Selects"] == ["DynamicOutputShapeException"]
     assert "aten.lift_fresh_copy.default on cpu" in facts["controls"]["Copies"]

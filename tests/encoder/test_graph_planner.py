@@ -24,7 +24,7 @@ PHOTOGRAPHS = (
 """The issue's mix, (width, height)."""
 
 budgets_drawn = st.sets(st.integers(1, 64), min_size=1, max_size=8).map(lambda drawn: tuple(sorted(drawn)))
-tile_counts_drawn = st.lists(st.integers(1, 70), max_size=24)
+sizes_drawn = st.lists(st.integers(1, 70), max_size=24)
 
 
 def tiles(width: int, height: int) -> int:
@@ -33,43 +33,43 @@ def tiles(width: int, height: int) -> int:
     return high * wide + (high * wide > 1)
 
 
-@given(tile_counts_drawn, budgets_drawn)
-def test_every_image_is_there_exactly_once(tile_counts: list[int], budgets: tuple[int, ...]) -> None:
-    plan = plan_replays(tile_counts, budgets)
+@given(sizes_drawn, budgets_drawn)
+def test_every_image_is_there_exactly_once(sizes: list[int], budgets: tuple[int, ...]) -> None:
+    plan = plan_replays(sizes, budgets)
     placed = [index for replay in plan.replays for index in replay.images] + list(plan.beyond)
-    assert sorted(placed) == list(range(len(tile_counts)))
+    assert sorted(placed) == list(range(len(sizes)))
 
 
-@given(tile_counts_drawn, budgets_drawn)
-def test_no_budget_is_exceeded_and_none_is_larger_than_needed(tile_counts: list[int], budgets: tuple[int, ...]) -> None:
-    for replay in plan_replays(tile_counts, budgets).replays:
-        used = sum(tile_counts[index] for index in replay.images)
+@given(sizes_drawn, budgets_drawn)
+def test_no_budget_is_exceeded_and_none_is_larger_than_needed(sizes: list[int], budgets: tuple[int, ...]) -> None:
+    for replay in plan_replays(sizes, budgets).replays:
+        used = sum(sizes[index] for index in replay.images)
         assert replay.images
         assert replay.budget == min(budget for budget in budgets if budget >= used)
 
 
-@given(tile_counts_drawn, budgets_drawn)
-def test_only_what_no_budget_holds_is_left_to_the_model(tile_counts: list[int], budgets: tuple[int, ...]) -> None:
-    plan = plan_replays(tile_counts, budgets)
-    assert list(plan.beyond) == [index for index, count in enumerate(tile_counts) if count > budgets[-1]]
+@given(sizes_drawn, budgets_drawn)
+def test_only_what_no_budget_holds_is_left_to_the_model(sizes: list[int], budgets: tuple[int, ...]) -> None:
+    plan = plan_replays(sizes, budgets)
+    assert list(plan.beyond) == [index for index, count in enumerate(sizes) if count > budgets[-1]]
 
 
-@given(tile_counts_drawn, budgets_drawn)
-def test_replayed_tiles_are_those_of_the_graphs(tile_counts: list[int], budgets: tuple[int, ...]) -> None:
-    plan = plan_replays(tile_counts, budgets)
-    assert plan.replayed_tiles == sum(replay.budget for replay in plan.replays)
+@given(sizes_drawn, budgets_drawn)
+def test_what_is_replayed_is_that_of_the_graphs(sizes: list[int], budgets: tuple[int, ...]) -> None:
+    plan = plan_replays(sizes, budgets)
+    assert plan.replayed == sum(replay.budget for replay in plan.replays)
 
 
 @given(st.lists(st.integers(1, 17), min_size=1, max_size=12), st.randoms(use_true_random=False))
-def test_the_order_of_the_images_changes_no_padding(tile_counts: list[int], random: object) -> None:
-    shuffled = list(tile_counts)
+def test_the_order_of_the_images_changes_no_padding(sizes: list[int], random: object) -> None:
+    shuffled = list(sizes)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert plan_replays(shuffled).replayed_tiles == plan_replays(tile_counts).replayed_tiles
+    assert plan_replays(shuffled).replayed == plan_replays(sizes).replayed
 
 
 @given(st.lists(st.integers(1, 17), min_size=1, max_size=12))
-def test_with_a_graph_for_every_size_nothing_is_padded(tile_counts: list[int]) -> None:
-    assert plan_replays(tile_counts, range(1, 18)).replayed_tiles == sum(tile_counts)
+def test_with_a_graph_for_every_size_nothing_is_padded(sizes: list[int]) -> None:
+    assert plan_replays(sizes, range(1, 18)).replayed == sum(sizes)
 
 
 def test_a_full_budget_wins_over_one_image_a_replay() -> None:
@@ -82,12 +82,12 @@ def test_no_image_is_no_replay() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tile_counts", "budgets", "error", "message"),
+    ("sizes", "budgets", "error", "message"),
     [
-        ([1, 0], (4,), ValueError, r"tile_counts\[1\]: got 0, expected at least 1"),
-        ([1, -3], (4,), ValueError, r"tile_counts\[1\]: got -3"),
-        ([1.0], (4,), TypeError, r"tile_counts\[0\]: got 1.0 \(float\), expected an int"),
-        ([True], (4,), TypeError, r"tile_counts\[0\]: got True \(bool\)"),
+        ([1, 0], (4,), ValueError, r"sizes\[1\]: got 0, expected at least 1"),
+        ([1, -3], (4,), ValueError, r"sizes\[1\]: got -3"),
+        ([1.0], (4,), TypeError, r"sizes\[0\]: got 1.0 \(float\), expected an int"),
+        ([True], (4,), TypeError, r"sizes\[0\]: got True \(bool\)"),
         ([1], (), ValueError, r"budgets: got \(\), expected at least one"),
         ([1], (0, 4), ValueError, r"budgets: got \(0, 4\)"),
         ([1], (4, 4), ValueError, r"budgets: got \(4, 4\), expected at least one, increasing"),
@@ -95,9 +95,9 @@ def test_no_image_is_no_replay() -> None:
         ([1], (4.0,), TypeError, r"budgets: got 4.0 \(float\), expected an int"),
     ],
 )
-def test_bad_arguments(tile_counts: list[int], budgets: tuple[int, ...], error: type[Exception], message: str) -> None:
+def test_bad_arguments(sizes: list[int], budgets: tuple[int, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        plan_replays(tile_counts, budgets)
+        plan_replays(sizes, budgets)
 
 
 # The padding fraction: padding tiles / tiles computed, both summed over a distribution of batches.
@@ -131,7 +131,7 @@ def smallest_first(tile_counts: Sequence[int], budgets: tuple[int, ...]) -> int:
 
 
 def ours(tile_counts: Sequence[int], budgets: tuple[int, ...]) -> int:
-    return plan_replays(tile_counts, budgets).replayed_tiles
+    return plan_replays(tile_counts, budgets).replayed
 
 
 def batches(sizes: Sequence[int], images: int) -> Iterator[tuple[tuple[int, ...], float]]:

@@ -177,6 +177,10 @@ def test_bad_images(images: list[Tensor], error: type[Exception], message: str) 
 def test_a_bad_model_or_budget() -> None:
     with pytest.raises(TypeError, match="model: got Linear, expected a module with parameters and a config"):
         EncoderGraphRunner(nn.Linear(2, 2))
+    unknown = Scaled()
+    unknown.config = SimpleNamespace(image_size=2)
+    with pytest.raises(TypeError, match="model: got Scaled, expected a config with num_channels and image_size, or"):
+        EncoderGraphRunner(unknown)
     with pytest.raises(ValueError, match=r"budgets: got \(\)"):
         EncoderGraphRunner(Scaled(), budgets=())
 
@@ -189,7 +193,7 @@ def test_captured_graphs_give_what_the_model_gives(compile_mm_encoder: bool) -> 
     runner = EncoderGraphRunner(model, budgets=BUDGETS)
     for seed, tile_counts in enumerate(([1, 5, 2], [7, 3], [2, 2, 2, 2], [1])):
         images = batch_of(tile_counts, 100 * seed, CONFIG.image_size, torch.bfloat16)
-        runner._pixels.fill_(torch.nan)
+        runner._inputs.static(BUDGETS[-1])[0].fill_(torch.nan)
         for image, features in zip(images, runner(images), strict=True):
             with torch.no_grad():
                 alone = model(image.cuda())

@@ -17,9 +17,19 @@ tiles takes 17 ms of matrix products, and reading the weights once more 0.5 ms.
 """
 
 
+QWEN2_5_VL_BUDGETS = (384, 1024, 1728, 2944, 4032, 5120)
+"""Patches of the graphs to capture for Qwen2.5-VL: 5120 is the largest image of transformers' processor.
+
+As many graphs as the powers of two from 256, vLLM's smallest budget, need to hold it. `python -m
+experiments.graph_budgets` chose them on batches of 1 to 8 images from vLLM's benchmark and from a made-up mix of usual
+resolutions, and reports the padding. Published checkpoints allow images of 65536 patches: those beyond 5120 go through
+the model.
+"""
+
+
 @dataclass(frozen=True)
 class Replay:
-    """One replay of the graph of `budget` tiles: the indices of its images, whose tiles follow each other in it."""
+    """One replay of the graph of `budget`: the indices of its images, which follow each other in it."""
 
     budget: int
     images: tuple[int, ...]
@@ -31,46 +41,46 @@ class Plan:
 
     Attributes:
         replays: which images share a graph.
-        beyond: indices of the images with more tiles than the largest budget, which no graph takes.
+        beyond: indices of the images larger than the largest budget, which no graph takes.
     """
 
     replays: tuple[Replay, ...]
     beyond: tuple[int, ...]
 
     @property
-    def replayed_tiles(self) -> int:
-        """Tiles that the graphs compute, padding included."""
+    def replayed(self) -> int:
+        """The budgets of all replays together: what the graphs compute, padding included."""
         return sum(replay.budget for replay in self.replays)
 
 
-def plan_replays(tile_counts: Sequence[int], budgets: Sequence[int] = LLAMA4_BUDGETS) -> Plan:
+def plan_replays(sizes: Sequence[int], budgets: Sequence[int] = LLAMA4_BUDGETS) -> Plan:
     """Pack whole images into budgets with little padding, and with few replays where the padding is equal.
 
     Greedy: the budget that some of the remaining images fill best is replayed with them, the largest of equally full
     ones first. The sums that images can make are the set bits of an integer (subset sums, Bellman 1957).
 
     Args:
-        tile_counts: tiles of each image, at least 1.
-        budgets: tiles of each captured graph, increasing.
+        sizes: of each image, at least 1: tiles, or patches.
+        budgets: of each captured graph, increasing, in the same unit.
 
     Returns:
         A plan that holds every image exactly once.
 
     Raises:
-        TypeError: a count or a budget that is no int.
-        ValueError: a count below 1, no budget, or budgets that do not increase from at least 1.
+        TypeError: a size or a budget that is no int.
+        ValueError: a size below 1, no budget, or budgets that do not increase from at least 1.
     """
     check_budgets(budgets)
-    for index, count in enumerate(tile_counts):
-        _check_int(f"tile_counts[{index}]", count)
-        if count < 1:
-            raise ValueError(f"tile_counts[{index}]: got {count}, expected at least 1")
-    beyond = tuple(index for index, count in enumerate(tile_counts) if count > budgets[-1])
+    for index, size in enumerate(sizes):
+        _check_int(f"sizes[{index}]", size)
+        if size < 1:
+            raise ValueError(f"sizes[{index}]: got {size}, expected at least 1")
+    beyond = tuple(index for index, size in enumerate(sizes) if size > budgets[-1])
     # Largest first, so that the ones that are hard to place are taken while there are others to fill up with.
-    remaining = sorted(set(range(len(tile_counts))).difference(beyond), key=lambda index: -tile_counts[index])
+    remaining = sorted(set(range(len(sizes))).difference(beyond), key=lambda index: -sizes[index])
     replays = []
     while remaining:
-        replay = _fullest_replay(remaining, tile_counts, budgets)
+        replay = _fullest_replay(remaining, sizes, budgets)
         replays.append(replay)
         remaining = [index for index in remaining if index not in replay.images]
     return Plan(tuple(replays), beyond)
@@ -89,18 +99,18 @@ def _check_int(name: str, value: object) -> None:
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected an int")
 
 
-def _fullest_replay(remaining: Sequence[int], tile_counts: Sequence[int], budgets: Sequence[int]) -> Replay:
-    """The replay with the least padding, of those the one with the most tiles."""
+def _fullest_replay(remaining: Sequence[int], sizes: Sequence[int], budgets: Sequence[int]) -> Replay:
+    """The replay with the least share of padding, of those the largest one."""
     within = (1 << (budgets[-1] + 1)) - 1
-    sums = [1]  # after each image: bit s is set where some of the images so far have s tiles together
+    sums = [1]  # after each image: bit s is set where some of the images so far have the size s together
     for index in remaining:
-        sums.append((sums[-1] | sums[-1] << tile_counts[index]) & within)
+        sums.append((sums[-1] | sums[-1] << sizes[index]) & within)
     fills = [(budget, (sums[-1] & ((1 << (budget + 1)) - 1)).bit_length() - 1) for budget in budgets]
-    budget, tiles = min((fill for fill in fills if fill[1]), key=lambda fill: (fill[0] - fill[1], -fill[0]))
+    budget, filled = max((fill for fill in fills if fill[1]), key=lambda fill: (fill[1] / fill[0], fill[0]))
     images = []
     for position in range(len(remaining) - 1, -1, -1):
         # Without this image the sum could not be made: it is part of it.
-        if not sums[position] >> tiles & 1:
+        if not sums[position] >> filled & 1:
             images.append(remaining[position])
-            tiles -= tile_counts[remaining[position]]
+            filled -= sizes[remaining[position]]
     return Replay(budget, tuple(images))
