@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -124,6 +125,24 @@ def _cpu_seconds(run: Run) -> float:
 def summary(samples: list[float]) -> dict[str, float | list[float]]:
     """Median, extremes and the samples themselves."""
     return {"median": statistics.median(samples), "low": min(samples), "high": max(samples), "samples": samples}
+
+
+@contextlib.contextmanager
+def empty_caches() -> Iterator[None]:
+    """Nothing that was compiled before is known in the block, on disk or in this process: what is called compiles.
+
+    That holds for Dynamo's graphs, for Inductor's and Triton's files, and for the binaries of this project's kernels.
+    """
+    from torch._inductor.utils import fresh_cache
+
+    torch.compiler.reset()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vit_kernels._triton."):
+            for kernel in vars(module).values():
+                # Triton's own name, in every version from 3.6 to 3.9; an interpreted kernel has none.
+                getattr(kernel, "device_caches", {}).clear()
+    with fresh_cache():
+        yield
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ def prepare(options: argparse.Namespace, dtype: torch.dtype, device: torch.devic
     else:
         model = random_encoder(replace(config, depth=options.layers or config.depth), dtype=dtype, device=device)
     pixel_values, grid_thw = patched.pixel_values.to(device, dtype), patched.grid_thw
-    peer = transformers_qwen2_5_vl(model)
+    peer, peer_grid = transformers_qwen2_5_vl(model), grid_thw.to(device)
     return Subject(
         model=model,
         inputs=(pixel_values, grid_thw),
@@ -64,7 +64,7 @@ def prepare(options: argparse.Namespace, dtype: torch.dtype, device: torch.devic
         parts=1,
         description=_description(options, path, patched, model),
         reference=lambda: reference_forward(model, pixel_values, grid_thw, progress=True),
-        peer=peer and (lambda: peer(pixel_values, grid_thw=grid_thw).pooler_output),
+        peer=peer and (lambda: peer(pixel_values, grid_thw=peer_grid).pooler_output),
         swept=("grids", GRIDS),
         sweep=lambda compilation: _sweep(model.config, compilation, dtype, device),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from vit_encoder import Llama4VisionConfig, Llama4VisionModel
+from vit_encoder import Llama4VisionConfig, Llama4VisionModel, compilation_counter
 from vit_encoder.llama4 import reference_forward
 from vit_encoder.llama4.checkpoint import to_hf_tensors, vision_tensors
 
@@ -26,6 +27,7 @@ from experiments.common.peers import transformers_vision_model
 from experiments.common.weights import random_encoder
 from experiments.encode.__main__ import main
 from experiments.encode.report import notes
+from experiments.encode.sweep import sweep_batches
 from scripts import update_readme
 
 ROOT = Path(__file__).parents[2]
@@ -122,9 +124,41 @@ def test_without_transformers_eager_is_the_baseline(
     assert "twice what eager makes" in capsys.readouterr().out
 
 
+def test_the_compiled_form_is_called_first_and_finds_nothing_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[str, list[str]]] = []
+
+    def leaving(*args: Any) -> Any:
+        (Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / "a graph").touch()
+        return sweep_batches(*args)
+
+    def compared(calls: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append((next(iter(calls)), os.listdir(os.environ["TORCHINDUCTOR_CACHE_DIR"])))
+        return compare(calls, *args, **kwargs)
+
+    monkeypatch.setattr("experiments.encode.llama4.sweep_batches", leaving)
+    monkeypatch.setattr("experiments.encode.__main__.compare", compared)
+    assert list(rows(run(tmp_path))) == ["eager", "compiled", "transformers"]
+    assert found == [("compiled", [])]
+
+
+def test_the_encoder_is_one_graph_where_dynamo_counts_those_of_a_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As torch 2.11 does: there the sweep's graph made that of the first call a recompilation.
+    monkeypatch.setattr("vit_encoder.compilation.compiled_module._ISOLATED", {})
+    assert run(tmp_path)["graphs"]["graphs"] == 1
+
+
 @pytest.mark.thorough
-def test_inductor(tmp_path: Path) -> None:
-    result = run(tmp_path, "--backend", "inductor")
+def test_inductor_compiles_twice_where_the_sweep_has_the_same_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a GPU.
+    monkeypatch.setattr("experiments.encode.llama4.sweep_config", lambda config, device: config)
+    with compilation_counter.expect(backend_compilations=2, cache_hits=0):
+        result = run(tmp_path, "--backend", "inductor")
     assert result["compilation"]["backend"] == "inductor"
     assert result["right"]
 
