@@ -122,9 +122,19 @@ def _cpu_seconds(run: Run) -> float:
     return statistics.median(samples)
 
 
-def summary(samples: list[float]) -> dict[str, float | list[float]]:
-    """Median, extremes and the samples themselves."""
-    return {"median": statistics.median(samples), "low": min(samples), "high": max(samples), "samples": samples}
+@dataclass(frozen=True)
+class Spread:
+    """Seconds of several calls: their median and extremes, and the samples themselves."""
+
+    median: float
+    low: float
+    high: float
+    samples: list[float]
+
+
+def spread(samples: list[float]) -> Spread:
+    """The spread of some samples."""
+    return Spread(statistics.median(samples), min(samples), max(samples), samples)
 
 
 @contextlib.contextmanager

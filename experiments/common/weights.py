@@ -1,8 +1,7 @@
-"""The encoder that an experiment runs: with random weights, or with a checkpoint's."""
+"""An encoder with random weights."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TypeAlias, overload
 
 import torch
@@ -38,35 +37,4 @@ def random_encoder(
     for name, parameter in model.named_parameters():
         if name.endswith("qkv.weight"):
             parameter[: 2 * config.hidden_size] /= 2
-    return model
-
-
-def checkpoint_encoder(
-    folder: Path, *, layers: int | None, dtype: torch.dtype, device: torch.device
-) -> Llama4VisionModel:
-    """The encoder of a checkpoint folder, cut off after `layers` layers.
-
-    Raises:
-        ValueError: the checkpoint has fewer layers; and what `Llama4VisionModel.from_pretrained` raises.
-    """
-    model = Llama4VisionModel.from_pretrained(folder, dtype=dtype, device=device)
-    if layers is None:
-        return model
-    if layers > len(model.layers):
-        raise ValueError(f"layers: got {layers}, expected at most the {len(model.layers)} of the checkpoint")
-    model.keep_layers(layers)
-    return model
-
-
-def checkpoint_qwen2_5_vl(
-    folder: Path, *, layers: int | None, dtype: torch.dtype, device: torch.device
-) -> Qwen2_5_VLVisionModel:
-    """As `checkpoint_encoder`, of a Qwen2.5-VL checkpoint."""
-    model = Qwen2_5_VLVisionModel.from_pretrained(folder, dtype=dtype, device=device)
-    if layers is None:
-        return model
-    encoder = model.encoder
-    if layers > len(encoder.layers):
-        raise ValueError(f"layers: got {layers}, expected at most the {len(encoder.layers)} of the checkpoint")
-    encoder.keep_layers(layers)
     return model

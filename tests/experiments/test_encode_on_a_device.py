@@ -8,63 +8,42 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from experiments.common.encoders import ENCODERS
+from experiments.common.weights import random_encoder
 from tests.experiments.stand_in_device import moved, stand_in_device
 
 ROOT = Path(__file__).parents[2]
 
 
-def llama4() -> None:
-    import torch
-    from vit_encoder import Llama4VisionConfig
-
-    from experiments.common.peers import transformers_vision_model
-    from experiments.common.weights import random_encoder
-
-    model = random_encoder(Llama4VisionConfig.tiny(), dtype=torch.float32, device=torch.device("cpu"))
-    pixel_values = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+def check_peer(name: str) -> None:
+    """transformers' encoder gives our features on the stand-in device, without waiting for it where it need not."""
+    kind = ENCODERS[name]
+    model = random_encoder(kind.config.tiny(), dtype=torch.float32, device=torch.device("cpu"))
+    _, (pixels, *others) = kind.batch(kind.sizes[2], model.config, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = model(pixel_values)
+        expected = model(pixels, *others)
     with stand_in_device() as waits:
         moved(model)
-        peer = transformers_vision_model(model)
-        assert peer is not None
-        pixel_values = pixel_values.to("cuda")
-        waits.clear()
-        features = peer(pixel_values=pixel_values).last_hidden_state
-        assert waits == [], "a call made the CPU wait"
-        torch.testing.assert_close(features.cpu(), expected)
-
-
-def qwen2_5_vl() -> None:
-    import torch
-    from vit_encoder import Qwen2_5_VLVisionConfig
-
-    from experiments.common.peers import transformers_qwen2_5_vl
-    from experiments.common.weights import random_encoder
-
-    config = Qwen2_5_VLVisionConfig.tiny()
-    model = random_encoder(config, dtype=torch.float32, device=torch.device("cpu"))
-    grid_thw = torch.tensor([[1, 10, 12], [2, 4, 4]])
-    pixel_values = torch.randn(152, config.patch_dim, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = model(pixel_values, grid_thw)
-    with stand_in_device():
-        moved(model)
-        peer = transformers_qwen2_5_vl(model)
+        peer = kind.peer(model)
         assert peer is not None
         assert {tensor.device.type for tensor in (*peer.parameters(), *peer.buffers())} == {"cuda"}
-        features = peer(pixel_values.to("cuda"), grid_thw=grid_thw.to("cuda")).pooler_output
+        call = kind.peer_call(model, (pixels.to("cuda"), *others))
+        assert call is not None
+        waits.clear()
+        features = call()
+        # Of itself Qwen's reads the sizes of the images, and those of the sequences in every block.
+        assert waits == [] or kind.unit == "patch"
         torch.testing.assert_close(features.cpu(), expected)
 
 
-@pytest.mark.parametrize("encoder", [llama4, qwen2_5_vl])
-def test_the_peer_lies_on_the_device_of_the_encoder(encoder: object) -> None:
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_peer_lies_on_the_device_of_the_encoder(name: str) -> None:
     # Afterwards torch believes that CUDA tensors exist, so it is a process of its own.
-    name = encoder.__name__  # type: ignore[attr-defined]
     code = (
         "from vit_encoder.testing import install_device_guard; install_device_guard()\n"
-        f"from tests.experiments.test_encode_on_a_device import {name}; {name}()"
+        f"from tests.experiments.test_encode_on_a_device import check_peer; check_peer({name!r})"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
