@@ -78,6 +78,7 @@ class Encoder(ABC):
     peer_features: Callable[[Any], Tensor]
     kept: tuple[str, ...] = ()
     unit: ClassVar[str]
+    plural: ClassVar[str]
     part: ClassVar[str]
     budget: ClassVar[int]
     limit: ClassVar[str]
@@ -165,7 +166,7 @@ class Encoder(ABC):
 class TileEncoder(Encoder):
     """Of images that are cut into tiles of one size: Llama 4's."""
 
-    unit = "tile"
+    unit, plural = "tile", "tiles"
     part = "tile"
     budget = 34
     limit = "max_tiles"
@@ -212,7 +213,7 @@ class TileEncoder(Encoder):
 class PatchEncoder(Encoder):
     """Of images that keep their aspect ratio and are cut into patches: Qwen's."""
 
-    unit = "patch"
+    unit, plural = "patch", "patches"
     part = "image"
     budget = 16384
     limit = "max_pixels"

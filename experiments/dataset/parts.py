@@ -16,9 +16,9 @@ import numpy as np
 class Embedding:
     """One image's row.
 
-    Args:
+    Attributes:
         source: its name.
-        high, wide: the canvas in tiles, (0, 0) where there is an error; one of more than one tile has a global one too.
+        high, wide: its canvas in tiles or its grid in patches, (0, 0) where there is an error.
         features: float32 [tokens, width].
         error: why there are none; "" otherwise.
     """
