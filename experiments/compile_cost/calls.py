@@ -1,4 +1,4 @@
-"""What a call of the compiled encoder costs before any arithmetic, in microseconds, and what each form of guards costs.
+"""What a call of the compiled encoder costs before any arithmetic, in microseconds, with each form of guards.
 
 The graph is replaced by one that returns a ready tensor. Prints a table and writes a JSON file.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,16 @@ from vit_kernels import _dispatch
 from experiments.common import cli
 
 OP_CALLS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Microseconds of a call, by what is called, of an encoder with so many layers and parameters."""
+
+    layers: int
+    parameters: int
+    microseconds: dict[str, float]
+    load_before: float
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,19 +43,18 @@ def main(arguments: list[str] | None = None) -> int:
     config = replace(Llama4VisionConfig.tiny(), num_hidden_layers=options.layers)
     model = Llama4VisionModel(config).eval()
     pixel_values = torch.zeros(2, config.num_channels, config.image_size, config.image_size)
-    result = cli.result(
-        "call_overhead",
+    report = Report(
         layers=options.layers,
         parameters=sum(1 for _ in model.parameters()),
         microseconds=_forms(model, pixel_values, options.rounds) | _ops(options.rounds),
         load_before=load,
     )
     console = cli.console()
-    console.print(f"{result['layers']} layers, {result['parameters']} parameters, best of {options.rounds} rounds")
-    for name, microseconds in result["microseconds"].items():
+    console.print(f"{report.layers} layers, {report.parameters} parameters, best of {options.rounds} rounds")
+    for name, microseconds in report.microseconds.items():
         console.print(f"{microseconds:8.1f} us  {name}")
     path = options.out / f"call_overhead-{options.layers}.json"
-    cli.write_json(path, result)
+    cli.write_json(path, cli.result("call_overhead", **vars(report)))
     console.print(f"wrote {path}")
     return 0
 

@@ -1,4 +1,4 @@
-"""One form of an encoder in a process of its own: what it takes to its first result, judged before it counts.
+"""One form of an encoder in a process of its own: what it takes to the first result, and whether that is right.
 
 `experiments.compile_cost` starts it; the last line that it prints is JSON.
 """
@@ -19,6 +19,7 @@ from vit_encoder import CompilationConfig, export, load
 
 from experiments.common import cli
 from experiments.common.comparison import ALLOWED_EPS, relative_error
+from experiments.compile_cost.row import Sample
 from experiments.compile_cost.subjects import SUBJECTS, Batch, Subject
 
 Call = Callable[[int], Tensor]
@@ -45,15 +46,17 @@ def main(arguments: list[str] | None = None) -> None:
     call = FORMS[options.form](subject, options)
     first = call(0)
     seconds = time.perf_counter() - wall
-    seen: dict[str, Any] = {
-        "cpu_seconds": cpu_seconds() - cpu,
-        "seconds": seconds,
-        "seconds_with_imports": imported + seconds,
-    }
+    used = cpu_seconds() - cpu
     results = [first, *map(call, range(1, len(expected)))]
-    seen["deviation"] = max(relative_error(*pair).rms for pair in zip(results, expected, strict=True))
-    seen |= {"allowed": 2 * ALLOWED_EPS * torch.finfo(torch.float32).eps, "graphs": graphs()}
-    print(json.dumps(seen))
+    sample = Sample(
+        cpu_seconds=used,
+        seconds=seconds,
+        seconds_with_imports=imported + seconds,
+        graphs=graphs(),
+        deviation=max(relative_error(*pair).rms for pair in zip(results, expected, strict=True)),
+        allowed=2 * ALLOWED_EPS * torch.finfo(torch.float32).eps,
+    )
+    print(json.dumps(vars(sample)))
 
 
 def cpu_seconds() -> float:
