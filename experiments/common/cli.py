@@ -9,7 +9,8 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from rich.console import Console
 
@@ -90,3 +91,19 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def parsed(kind: Any, value: Any) -> Any:
+    """What `plain` made of a value of a type, as that value again: a dataclass, a list of them, or either or None.
+
+    Raises:
+        KeyError, TypeError: a field is missing or unknown.
+    """
+    if dataclasses.is_dataclass(kind):
+        types = get_type_hints(kind)
+        return kind(**{name: parsed(types[name], part) for name, part in value.items()})  # type: ignore[operator]
+    if get_origin(kind) is list:
+        return [parsed(get_args(kind)[0], part) for part in value]
+    if get_origin(kind) is UnionType and value is not None:
+        return parsed(get_args(kind)[0], value)
+    return value

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +47,8 @@ class Prepared:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoder(ABC):
-    """What commands need to know of an encoder.
+class _Encoder:
+    """What commands need to know of an encoder, whatever its images are cut into.
 
     Attributes:
         title: its name in texts.
@@ -60,11 +59,7 @@ class Encoder(ABC):
         peer: makes transformers' encoder on the same weights, or None where that is not installed.
         peer_features: of what the peer returns.
         kept: fields of the sizes that change the graph, beside the number of layers.
-        unit, budget: what an image is cut into, and how many of them a batch has at most by default.
-        part: what a time is given for, a tile or an image.
-        limit: the option that bounds an image, in tiles or pixels, and on_cpu its default where a CPU takes seconds.
-        depth: the configuration's name for the number of layers.
-        swept, sizes: the name of the sizes of the main job's batches, and these.
+        depth: the sizes' name for the number of layers.
     """
 
     title: str
@@ -77,15 +72,7 @@ class Encoder(ABC):
     peer: Callable[[Any], nn.Module | None]
     peer_features: Callable[[Any], Tensor]
     kept: tuple[str, ...] = ()
-    unit: ClassVar[str]
-    plural: ClassVar[str]
-    part: ClassVar[str]
-    budget: ClassVar[int]
-    limit: ClassVar[str]
-    on_cpu: ClassVar[int]
-    depth: ClassVar[str]
-    swept: ClassVar[str]
-    sizes: ClassVar[list[Any]]
+    depth = "depth"
 
     def config_of(self, folder: Path | None, name: str) -> Any:
         """The sizes of a checkpoint, or those of a name."""
@@ -121,7 +108,25 @@ class Encoder(ABC):
         on_device = [x.to(inputs[0].device) for x in inputs]
         return None if peer is None else lambda: self.peer_features(peer(*on_device))
 
-    @abstractmethod
+
+@dataclass(frozen=True, kw_only=True)
+class TileEncoder(_Encoder):
+    """Of images that are cut into tiles of one size: Llama 4's.
+
+    Attributes:
+        unit, plural, budget: what an image is cut into, and how many of them a batch has at most by default.
+        part: what a time is given for, a tile or an image.
+        limit: the option that bounds an image, in tiles or pixels, and on_cpu its default where a CPU takes seconds.
+        swept, sizes: the name of the sizes of the main job's batches, and these.
+    """
+
+    unit, plural, budget = "tile", "tiles", 34
+    part = "tile"
+    limit, on_cpu = "max_tiles", 1
+    depth = "num_hidden_layers"
+    swept = "tile_counts"
+    sizes: ClassVar[list[Any]] = [1, 17, 2, 5, 33]
+
     def settings_of(
         self, folder: Path | None, config: Any, limit: int | None, *, most: int | None = None
     ) -> tuple[Any, int]:
@@ -132,93 +137,50 @@ class Encoder(ABC):
             limit: the bound to take instead of the settings' own.
             most: what that one is lowered to.
         """
-
-    @abstractmethod
-    def prepare(self, image: ImageInput, config: Any, settings: Any) -> Prepared:
-        """Cut an image; raises OSError, TypeError and ValueError as the package's own function does."""
-
-    @abstractmethod
-    def inputs(self, prepared: Prepared, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        """The arguments of the encoder, the pixels first."""
-
-    @abstractmethod
-    def units(self, high: int, wide: int) -> int:
-        """How many tiles or patches an image of this canvas or grid has."""
-
-    @abstractmethod
-    def unit_shape(self, config: Any) -> tuple[int, ...]:
-        """The shape of the pixels of a tile or patch."""
-
-    @abstractmethod
-    def tokens(self, units: int, config: Any) -> tuple[int, int]:
-        """How many tokens so many tiles or patches are in the encoder, and how many features come out."""
-
-    @abstractmethod
-    def batch(self, size: Any, config: Any, generator: torch.Generator) -> tuple[str, tuple[Tensor, ...]]:
-        """What a batch of one of `sizes` is called, and the encoder's arguments on the CPU, of random pixels."""
-
-    @abstractmethod
-    def encode(self, model: VisionEncoder, images: list[Prepared]) -> list[Tensor]:
-        """The features [tokens, width] of each image, all images in one call."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TileEncoder(Encoder):
-    """Of images that are cut into tiles of one size: Llama 4's."""
-
-    unit, plural = "tile", "tiles"
-    part = "tile"
-    budget = 34
-    limit = "max_tiles"
-    on_cpu = 1
-    depth = "num_hidden_layers"
-    swept = "tile_counts"
-    sizes: ClassVar[list[Any]] = [1, 17, 2, 5, 33]
-
-    def settings_of(
-        self, folder: Path | None, config: Any, limit: int | None, *, most: int | None = None
-    ) -> tuple[Any, int]:
         size = {"image_size": config.image_size}
         settings = self.settings.from_hf(folder, **size) if folder else self.settings(**size)
         limit = limit or min(settings.max_tiles, most or settings.max_tiles)
         return replace(settings, max_tiles=limit), limit
 
     def prepare(self, image: ImageInput, config: Any, settings: Any) -> Prepared:
+        """Cut an image; raises OSError, TypeError and ValueError as the package's own function does."""
         tiled = tile_image(image, settings=settings)
         return Prepared(tiled.pixel_values, *tiled.aspect_ratio)
 
     def inputs(self, prepared: Prepared, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        """The arguments of the encoder, the pixels first."""
         return (prepared.pixel_values.to(device, dtype),)
 
     def units(self, high: int, wide: int) -> int:
-        # A canvas of more than one tile has a global one too.
+        """How many tiles or patches an image has; a canvas of more than one tile has a global one too."""
         return high * wide + (high * wide > 1)
 
     def unit_shape(self, config: Any) -> tuple[int, ...]:
+        """The shape of the pixels of a tile or patch."""
         return (config.num_channels, config.image_size, config.image_size)
 
     def tokens(self, units: int, config: Any) -> tuple[int, int]:
+        """How many tokens so many tiles or patches are in the encoder, and how many features come out."""
         return units * config.tokens_per_tile, units * config.output_tokens_per_tile
 
     def batch(self, size: Any, config: Any, generator: torch.Generator) -> tuple[str, tuple[Tensor, ...]]:
+        """What a batch of one of `sizes` is called, and the encoder's arguments on the CPU, of random pixels."""
         return f"{size} tile(s)", (torch.randn(size, *self.unit_shape(config), generator=generator),)
 
     def encode(self, model: VisionEncoder, images: list[Prepared]) -> list[Tensor]:
+        """The features [tokens, width] of each image, all images in one call."""
         tiled = [TiledImage(image.pixel_values, (image.high, image.wide)) for image in images]
         features: list[Tensor] = self.package.encode_images(model, tiled)
         return features
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchEncoder(Encoder):
-    """Of images that keep their aspect ratio and are cut into patches: Qwen's."""
+class PatchEncoder(_Encoder):
+    """Of images that keep their aspect ratio and are cut into patches: Qwen's. The rest as in `TileEncoder`."""
 
-    unit, plural = "patch", "patches"
+    unit, plural, budget = "patch", "patches", 16384
     part = "image"
-    budget = 16384
-    limit = "max_pixels"
-    on_cpu = 28 * 28 * 256
-    depth = "depth"
+    limit, on_cpu = "max_pixels", 28 * 28 * 256
     swept = "grids"
     # Each a batch: one unit, a mixture with a video, one whole window, as many windows as frames, 1:200, a video.
     sizes: ClassVar[list[Any]] = [
@@ -261,13 +223,14 @@ class PatchEncoder(Encoder):
         return f"the grids {size}", (torch.randn(patches, config.patch_dim, generator=generator), grid_thw)
 
     def encode(self, model: VisionEncoder, images: list[Prepared]) -> list[Tensor]:
-        patched = [
-            self.package.PatchedImage(image.pixel_values, torch.tensor([[1, image.high, image.wide]]))
-            for image in images
-        ]
+        grids = [torch.tensor([[1, image.high, image.wide]]) for image in images]
+        pairs = zip(images, grids, strict=True)
+        patched = [self.package.PatchedImage(image.pixel_values, grid_thw) for image, grid_thw in pairs]
         features: list[Tensor] = self.package.encode_images(model, patched)
         return features
 
+
+Encoder: TypeAlias = TileEncoder | PatchEncoder
 
 ENCODERS: dict[str, Encoder] = {
     "llama4": TileEncoder(

@@ -25,7 +25,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from experiments.common import cli
 from experiments.compile_cost import calls
 from experiments.compile_cost.figure import draw
-from experiments.compile_cost.row import Failure, Goal, Report, Row, Sample, row_of
+from experiments.compile_cost.row import FIGURES, Failure, Goal, Report, Row, Sample
 from experiments.compile_cost.subjects import HEAD_DIMS, SUBJECTS
 
 SECONDS_OF_A_PROCESS = 1800
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     load = os.getloadavg()[0]
     samples = measure(options.model, options.layers, options.heads, options.rounds)
-    rows = [row_of(name, what, samples[name]) for name, _, what in ROWS]
+    rows = [Row(name, what, samples[name]) for name, _, what in ROWS]
     report = Report(
         model=options.model,
         layers=options.layers,
@@ -131,11 +131,12 @@ def _run(form: str, size: list[str], folder: Path) -> Sample | Failure:
 
 def reached(goal: Goal, rows: Sequence[Row]) -> Goal:
     """The goal with what the rows reached of it."""
-    figures = {row.name: row.figures for row in rows}
-    row, of = figures[goal.row], figures[goal.of] if goal.of else None
-    if row is None or (goal.of and of is None):
+    by_name = {row.name: row for row in rows}
+    row, of = by_name[goal.row], by_name[goal.of or goal.row]
+    if row.problem or of.problem:
         return goal
-    return replace(goal, reached=row.cpu_seconds / of.cpu_seconds if of else row.seconds_with_imports)
+    ratio = row.median("cpu_seconds") / of.median("cpu_seconds")
+    return replace(goal, reached=ratio if goal.of else row.median("seconds_with_imports"))
 
 
 def _print(console: Console, report: Report) -> None:
@@ -151,10 +152,10 @@ def _print(console: Console, report: Report) -> None:
 
 
 def _cells(row: Row) -> list[str]:
-    if (figures := row.figures) is None:
+    if row.problem:
         return ["-"] * 4
-    times = [f"{time:.1f}" for time in (figures.cpu_seconds, figures.seconds, figures.seconds_with_imports)]
-    return [*times, "-" if row.name in ("export", "load") else f"{figures.graphs:g}"]
+    *times, graphs = map(row.median, FIGURES)
+    return [*(f"{time:.1f}" for time in times), "-" if row.name in ("export", "load") else f"{graphs:g}"]
 
 
 if __name__ == "__main__":

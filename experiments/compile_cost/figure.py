@@ -18,13 +18,13 @@ def draw(report: Report, path: Path) -> None:
     figure = Figure(figsize=(9, 1.4 + 0.42 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for y, row in enumerate(rows):
-        if row.figures is None:
+        if row.problem:
             axes.annotate("no figure: wrong or failed", (0, y), va="center", fontsize=8)
             continue
-        axes.barh(y, row.figures.cpu_seconds, color=COLOURS.get(row.name, OURS), height=0.62)
+        axes.barh(y, row.median("cpu_seconds"), color=COLOURS.get(row.name, OURS), height=0.62)
         samples = [sample.cpu_seconds for sample in row.samples if isinstance(sample, Sample)]
         axes.plot(samples, [y] * len(samples), "o", color="black", markersize=3)
-        axes.annotate(f"  {row.figures.cpu_seconds:.3g}", (max(samples), y), va="center", fontsize=8)
+        axes.annotate(f"  {row.median('cpu_seconds'):.3g}", (max(samples), y), va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.invert_yaxis()
     axes.margins(x=0.12)

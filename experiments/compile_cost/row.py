@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
+
+FIGURES = ("cpu_seconds", "seconds", "seconds_with_imports", "graphs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
-    """What it takes to the first result, and how many graphs all batches take.
+class Sample:
+    """What one process took to the first result, and what all of its results were.
 
     Attributes:
         cpu_seconds: user and system time of the process and its children, after the imports.
         seconds, seconds_with_imports: by the clock.
+        graphs: for batches of all sizes.
+        deviation, allowed: of the features from the eager encoder's.
     """
 
     cpu_seconds: float
     seconds: float
     seconds_with_imports: float
-    graphs: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample(Figures):
-    """What one process measured, and how far its features are from the eager encoder's, of those allowed."""
-
+    graphs: int
     deviation: float
     allowed: float
 
@@ -40,28 +38,25 @@ class Failure:
 
 @dataclass(frozen=True)
 class Row:
-    """A form; `figures` is None where a process failed or was wrong, which `problem` then says."""
+    """A form, and what its processes measured; it has no figures where one of them has none."""
 
     name: str
     what: str
-    problem: str | None
     samples: Sequence[Sample | Failure]
-    figures: Figures | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """Why it has no figures."""
+        return next((sample.problem for sample in self.samples if isinstance(sample, Failure)), None)
+
+    def median(self, figure: str) -> float:
+        """Of all samples, where there is no problem."""
+        return statistics.median(getattr(sample, figure) for sample in self.samples)
 
     def described(self) -> dict[str, Any]:
-        """The row as the report has it, its figures beside what names it."""
-        named = {name: value for name, value in vars(self).items() if name != "figures"}
-        return named | (vars(self.figures) if self.figures else {})
-
-
-def row_of(name: str, what: str, samples: Sequence[Sample | Failure]) -> Row:
-    """The row of a form whose processes gave these samples."""
-    right = [sample for sample in samples if isinstance(sample, Sample)]
-    if len(right) < len(samples):
-        problem = next(sample.problem for sample in samples if isinstance(sample, Failure))
-        return Row(name, what, problem, samples)
-    medians = {each.name: statistics.median(getattr(sample, each.name) for sample in right) for each in fields(Figures)}
-    return Row(name, what, None, samples, Figures(**medians))
+        """The row as the report has it, its medians beside what names it."""
+        medians = {} if self.problem else {figure: self.median(figure) for figure in FIGURES}
+        return vars(self) | {"problem": self.problem} | medians
 
 
 @dataclass(frozen=True)

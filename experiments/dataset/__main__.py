@@ -13,7 +13,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from experiments.common import cli, encoders
 from experiments.dataset.encoder import Settings
 from experiments.dataset.engines import ENGINES, Job
 from experiments.dataset.images import references
-from experiments.dataset.parts import Embedding, difference, read_embeddings, sources_done
+from experiments.dataset.parts import difference, read_embeddings, sources_done
 
 # Other batches are other sums: the rounding of float32, with a margin for the depth of the encoder.
 ALLOWED = 1e-4
@@ -69,16 +68,10 @@ class EngineReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A comparison of two engines whose embeddings are equal.
-
-    Attributes:
-        units: tiles or patches of all images together.
-        largest_difference, allowed_difference: relative RMS difference of an image's features.
-    """
+    """A comparison of two engines whose embeddings are equal up to a relative RMS difference of each."""
 
     load_average: list[float]
     images: int
-    units: int
     weights: str
     settings: dict[str, Any]
     engines: dict[str, EngineReport]
@@ -127,8 +120,7 @@ def _job(options: argparse.Namespace) -> tuple[Job, int]:
     options.out.mkdir(parents=True, exist_ok=True)
     done = sources_done(options.out)
     todo = [reference for reference in found if reference.source not in done]
-    sizes = (options.budget or settings.kind.budget, options.part_images, options.actors)
-    return Job(todo, settings, options.out, *sizes), len(found)
+    return Job(todo, settings, options.out, options.budget, options.part_images, options.actors), len(found)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -156,13 +148,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
+    """Fills in the defaults that depend on the encoder."""
     kind = encoders.chosen(options)
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: got {options.device!r}, expected one that PyTorch can use: {error}") from error
     config = kind.config_of(options.checkpoint, options.config)
-    images, _ = kind.settings_of(options.checkpoint, config, getattr(options, kind.limit))
+    images, limit = kind.settings_of(options.checkpoint, config, getattr(options, kind.limit))
+    vars(options).update({kind.limit: limit, "budget": options.budget or kind.budget})
     return Settings(
         model=options.model,
         checkpoint=options.checkpoint,
@@ -206,30 +200,23 @@ def _compared(console: Console, options: argparse.Namespace, job: Job, progress:
     console.print(f"largest relative RMS difference of an image's features: {worst:.1e} (allowed: {ALLOWED:.1e})")
     if worst <= ALLOWED and options.record is not None:
         runs = {options.engine: progress, "plain loop": plain}
-        report = _report(options, job, list(expected.values()), runs, worst)
-        # Under the name of what they are.
-        units = {job.settings.kind.plural: report.units}
-        content = {name: value for name, value in vars(report).items() if name != "units"}
-        cli.write_json(options.record, cli.result("encode_dataset", **units | content))
+        report = _report(options, job, len(expected), runs, worst)
+        kind = job.settings.kind
+        units = {kind.plural: sum(kind.units(embedding.high, embedding.wide) for embedding in expected.values())}
+        cli.write_json(options.record, cli.result("encode_dataset", **units, **vars(report)))
         console.print(f"wrote {options.record}")
     return worst <= ALLOWED
 
 
-def _report(
-    options: argparse.Namespace, job: Job, embeddings: Sequence[Embedding], runs: dict[str, Progress], worst: float
-) -> Report:
-    kind = job.settings.kind
-    _, limit = kind.settings_of(options.checkpoint, job.settings.config, getattr(options, kind.limit))
-    names = ("model", "actors", "part_images", "device", "dtype", "compile")
+def _report(options: argparse.Namespace, job: Job, images: int, runs: dict[str, Progress], worst: float) -> Report:
+    names = ("model", "actors", "budget", job.settings.kind.limit, "part_images", "device", "dtype", "compile")
+    engines = {name: EngineReport(run.seconds[-1], run.rate(job.part_images), run.errors) for name, run in runs.items()}
     return Report(
         load_average=[round(load, 2) for load in os.getloadavg()],
-        images=len(embeddings),
-        units=sum(kind.units(embedding.high, embedding.wide) for embedding in embeddings),
+        images=images,
         weights=options.checkpoint.name if options.checkpoint else f"random, {options.config}",
-        settings={name: getattr(options, name) for name in names} | {"budget": job.budget, kind.limit: limit},
-        engines={
-            name: EngineReport(run.seconds[-1], run.rate(job.part_images), run.errors) for name, run in runs.items()
-        },
+        settings={name: getattr(options, name) for name in names},
+        engines=engines,
         largest_difference=worst,
     )
 

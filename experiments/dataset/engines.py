@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +95,11 @@ class _Actor:
         self.encoder = DatasetEncoder(settings, out, budget)
 
     def __call__(self, part: dict[str, np.ndarray]) -> Iterator[dict[str, list[str]]]:
-        rows = ({name: column[index] for name, column in part.items()} for index in range(len(part["source"])))
-        for embeddings in self.encoder.encode(map(_from_ray, rows)):
+        rows = zip(*(part[field.name] for field in fields(Decoded)), strict=True)
+        # Names, sizes and errors are of numpy's types.
+        images = (Decoded(str(name), x, int(high), int(wide), str(error)) for name, x, high, wide, error in rows)
+        for embeddings in self.encoder.encode(images):
             yield {"error": [embedding.error for embedding in embeddings]}
-
-
-def _from_ray(row: dict[str, Any]) -> Decoded:
-    """The decoded image of a row, of numpy's types."""
-    return Decoded(str(row["source"]), row["pixel_values"], int(row["high"]), int(row["wide"]), str(row["error"]))
 
 
 ENGINES: dict[str, Callable[[Job], Iterator[str]]] = {"plain": plain, "ray": with_ray}

@@ -27,7 +27,7 @@ from experiments.common.environment import environment
 from experiments.common.measure import MAX_ROUNDS, MIN_ROUNDS, ROUND_SECONDS, Call, empty_caches, peak_memory, spread
 from experiments.encode.figure import draw
 from experiments.encode.report import print_result, print_task
-from experiments.encode.result import Job, Result, Row
+from experiments.encode.result import Graphs, Job, Result, Row
 from experiments.encode.subject import Subject, prepare
 
 EXAMPLES = """  %(prog)s
@@ -123,7 +123,7 @@ def _measure(options: argparse.Namespace, subject: Subject, start: float, load: 
         # The sweep may have compiled the same encoder. For versions of Dynamo that count a class's graphs, and not an
         # instance's, the next one would be a recompilation; and the first call's time would not be that of compiling.
         with empty_caches():
-            rows, graphs, problem = _compare(subject, compilation, expected, options.repeats, known)
+            rows, graphs = _compare(subject, _calls(subject, compilation), expected, options.repeats, known)
     result = Result(
         **vars(subject.task),
         environment=environment(),
@@ -131,7 +131,6 @@ def _measure(options: argparse.Namespace, subject: Subject, start: float, load: 
         allowed_eps=ALLOWED_EPS,
         rows=[_row(row, subject.parts) for row in rows],
         graphs=graphs,
-        graph_problem=problem,
         sweep=sweep,
         job=Job(time.perf_counter() - start, memory.nbytes, load),
     )
@@ -139,31 +138,19 @@ def _measure(options: argparse.Namespace, subject: Subject, start: float, load: 
 
 
 def _compare(
-    subject: Subject,
-    compilation: CompilationConfig,
-    expected: Tensor,
-    rounds: int | None,
-    known_problems: dict[str, str],
-) -> tuple[list[comparison.Row], GraphReport, str | None]:
-    calls = _calls(subject, compilation)
+    subject: Subject, calls: dict[str, Call], expected: Tensor, rounds: int | None, known: dict[str, str]
+) -> tuple[list[comparison.Row], Graphs]:
     baseline = "transformers" if "transformers" in calls else "eager"
     rows: list[comparison.Row] = []
-    report = GraphReport()
-    problem: str | None = None
+    report, problem = GraphReport(), None
     try:
         with whole_graph() as report:
             rows = compare(
-                calls,
-                expected,
-                baseline=baseline,
-                device=subject.device,
-                rounds=rounds,
-                known_problems=known_problems,
+                calls, expected, baseline=baseline, device=subject.device, rounds=rounds, known_problems=known
             )
-            rows.sort(key=lambda row: row.name != "eager")
     except AssertionError as error:
         problem = first_line(error)
-    return rows, report, problem
+    return sorted(rows, key=lambda row: row.name != "eager"), Graphs(**vars(report), problem=problem)
 
 
 def _calls(subject: Subject, compilation: CompilationConfig) -> dict[str, Call]:

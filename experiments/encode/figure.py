@@ -66,7 +66,7 @@ def _pictures(result: Result, pixel_values: Tensor, features: Tensor | None) -> 
 def _title(result: Result) -> str:
     sizes, sweep, environment = result.encoder.sizes, result.sweep, result.environment
     device = (environment["devices"] or [{"name": environment["cpu"]["model"]}])[0]["name"]
-    if result.graph_problem or sweep.problem:
+    if result.graphs.problem or sweep.problem:
         graph = "not known to be one graph"
     else:
         tiles = result.kind.unit == "tile"

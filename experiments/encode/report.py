@@ -144,7 +144,7 @@ def _job_note(result: Result) -> str:
 def _graph_cells(result: Result) -> list[str]:
     graphs, sweep = result.graphs, result.sweep
     breaks = sum(graphs.graph_breaks.values()) + sum(sweep.graphs.graph_breaks.values())
-    return [str(graphs.graphs), str(breaks), "unknown" if sweep.problem or result.graph_problem else "0"]
+    return [str(graphs.graphs), str(breaks), "unknown" if sweep.problem or result.graphs.problem else "0"]
 
 
 def _error_cells(error: Error | None) -> list[str]:

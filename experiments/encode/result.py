@@ -13,8 +13,6 @@ from experiments.common.comparison import Error
 from experiments.common.encoders import ENCODERS, Encoder
 from experiments.common.measure import Spread
 
-_AS_THEY_ARE = ("dtype", "device", "slow_dtype", "environment", "compilation", "allowed_eps")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
@@ -93,6 +91,13 @@ class Sweep:
     problem: str | None = None
 
 
+@dataclass
+class Graphs(GraphReport):
+    """The graphs of the calls that are compared, and why they are not one."""
+
+    problem: str | None = None
+
+
 @dataclass(frozen=True)
 class Job:
     """What the whole job cost, and the load average before it."""
@@ -104,14 +109,13 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Result(Task):
-    """Everything that the job found; `graph_problem` says why the encoder is not one graph."""
+    """Everything that the job found."""
 
     environment: dict[str, Any]
     compilation: dict[str, str]
     allowed_eps: int
     rows: list[Row]
-    graphs: GraphReport
-    graph_problem: str | None
+    graphs: Graphs
     sweep: Sweep
     job: Job
 
@@ -119,20 +123,17 @@ class Result(Task):
     def problems(self) -> dict[str, str]:
         """What is not as it must be, by what it concerns."""
         found = {row.name: row.problem for row in self.rows}
-        found |= {"one graph": self.graph_problem, self.kind.swept.replace("_", " "): self.sweep.problem}
+        found |= {"one graph": self.graphs.problem, self.kind.swept.replace("_", " "): self.sweep.problem}
         return {name: problem for name, problem in found.items() if problem}
 
     def described(self) -> dict[str, Any]:
-        """The result as its file has it: under the names of what the encoder's images are cut into."""
-        whole = cli.plain(self)
-        named, swept = _names(self.kind)
+        """The result as its file has it: some names are those of what the encoder's images are cut into."""
+        whole, (seconds, swept, chosen) = cli.plain(self), _names(self.kind)
         whole["image"] = {name: value for name, value in whole["image"].items() if value is not None}
         whole["encoder"] |= whole["encoder"].pop("sizes")
-        whole["graphs"]["problem"] = whole.pop("graph_problem")
-        for row in whole["rows"]:
-            row[named["seconds"]] = row.pop("seconds")
+        whole["rows"] = [{seconds if name == "seconds" else name: row[name] for name in row} for row in whole["rows"]]
         whole[swept] = {swept: whole["sweep"].pop("sizes"), **whole.pop("sweep")}
-        whole[named["size_chosen"]] = whole.pop("size_chosen")
+        whole[chosen] = whole.pop("size_chosen")
         return {"experiment": "compile_encoder", **whole, "right": not self.problems}
 
 
@@ -142,34 +143,19 @@ def result_of(described: Mapping[str, Any]) -> Result:
     Raises:
         KeyError, TypeError: something is missing, or unknown.
     """
-    whole = dict(described)
-    model = whole.pop("model", "llama4")
-    named, swept = _names(ENCODERS[model])
-    encoder, graphs, sweep = dict(whole["encoder"]), dict(whole["graphs"]), dict(whole[swept])
-    return Result(
-        model=model,
-        image=Image(**whole["image"]),
-        encoder=EncoderUsed(encoder.pop("config"), encoder.pop("weights"), encoder.pop("parameters"), encoder),
-        size_chosen=whole[named["size_chosen"]],
-        rows=[_row(dict(row), named["seconds"]) for row in whole["rows"]],
-        graph_problem=graphs.pop("problem"),
-        graphs=GraphReport(**graphs),
-        sweep=Sweep(sweep.pop(swept), **sweep | {"graphs": GraphReport(**sweep["graphs"])}),
-        job=Job(**whole["job"]),
-        **{
-            name: whole[name] for name in ("dtype", "device", "slow_dtype", "environment", "compilation", "allowed_eps")
-        },
-    )
+    whole = {"model": "llama4", **described}
+    seconds, swept, chosen = _names(ENCODERS[whole["model"]])
+    del whole["experiment"], whole["right"]
+    sizes = dict(whole["encoder"])
+    whole["encoder"] = {name: sizes.pop(name) for name in ("config", "weights", "parameters")} | {"sizes": sizes}
+    whole["rows"] = [{"seconds" if name == seconds else name: row[name] for name in row} for row in whole["rows"]]
+    sweep = dict(whole.pop(swept))
+    whole["sweep"] = {"sizes": sweep.pop(swept), **sweep}
+    whole["size_chosen"] = whole.pop(chosen)
+    result: Result = cli.parsed(Result, whole)
+    return result
 
 
-def _row(row: dict[str, Any], seconds: str) -> Row:
-    spread, error = row.pop(seconds), row.pop("error")
-    return Row(**row, seconds=spread and Spread(**spread), error=error and Error(**error))
-
-
-def _names(kind: Encoder) -> tuple[dict[str, str], str]:
-    """The file's names of two values, and of the sweep with its sizes."""
-    return {
-        "seconds": f"seconds_per_{kind.part}",
-        "size_chosen": "max_tiles_chosen" if kind.limit == "max_tiles" else "size_chosen",
-    }, kind.swept
+def _names(kind: Encoder) -> tuple[str, str, str]:
+    """The file's names of a row's seconds, of the sweep and its sizes, and of whether the image's size was chosen."""
+    return f"seconds_per_{kind.part}", kind.swept, "size_chosen" if kind.unit == "patch" else "max_tiles_chosen"

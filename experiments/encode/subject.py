@@ -104,11 +104,11 @@ def _image(path: Path, prepared: Prepared, kind: Encoder, config: Any, limit: in
         width, height = image.size
     units, cut = len(prepared.pixel_values), [prepared.high, prepared.wide]
     tokens, features = kind.tokens(units, config)
-    sizes: dict[str, Any] = {"name": path.name, "width": width, "height": height}
-    sizes |= {"encoder_tokens": tokens, "features": features}
-    if kind.unit == "tile":
-        return Image(**sizes, max_tiles=limit, canvas=cut, tiles=units)
-    return Image(**sizes, grid=cut)
+    cutting: dict[str, Any] = (
+        {"max_tiles": limit, "canvas": cut, "tiles": units} if kind.unit == "tile" else {"grid": cut}
+    )
+    sizes: dict[str, Any] = {"width": width, "height": height, "encoder_tokens": tokens, "features": features}
+    return Image(name=path.name, **sizes, **cutting)
 
 
 def _encoder_used(options: argparse.Namespace, kind: Encoder, model: VisionEncoder) -> EncoderUsed:

@@ -14,7 +14,7 @@ from vit_encoder import CompilationConfig
 
 from experiments.compile_cost import __main__ as compile_cost
 from experiments.compile_cost import process
-from experiments.compile_cost.row import Failure, Sample, row_of
+from experiments.compile_cost.row import Failure, Row, Sample
 from experiments.compile_cost.subjects import SUBJECTS, Subject
 
 ROOT = Path(__file__).parents[2]
@@ -97,21 +97,21 @@ def sample(cpu_seconds: float) -> Sample:
 
 def test_goals_are_met_missed_or_not_measured() -> None:
     seconds = {"plain": 10.0, "transformers": 20.0, "ours, cold": 6.0, "ours, warm": 1.5, "export": 9.0, "load": 3.0}
-    rows = [row_of(name, "", [sample(of)]) for name, of in seconds.items()]
+    rows = [Row(name, "", [sample(of)]) for name, of in seconds.items()]
     assert [str(compile_cost.reached(goal, rows)) for goal in compile_cost.GOALS["llama4"]] == [
         "ours, cold of plain: 0.6x, goal 0.55x: MISSED",
         "ours, cold of transformers: 0.3x, goal 0.55x: met",
         "ours, warm of plain: 0.15x, goal 0.15x: met",
         "load: 4 s, goal 5.0 s: met",
     ]
-    rows[1] = row_of("transformers", "", [Failure("wrong")])
+    rows[1] = Row("transformers", "", [Failure("wrong")])
     assert str(compile_cost.reached(compile_cost.GOALS["llama4"][1], rows)).endswith("not measured (goal 0.55x)")
 
 
 def test_the_medians_are_of_all_rounds_and_one_wrong_sample_spoils_them() -> None:
     samples = [sample(cpu) for cpu in (1.0, 2.0, 9.0)]
-    assert row_of("x", "", samples).described()["cpu_seconds"] == 2.0
-    spoiled = row_of("x", "", [*samples, Failure("wrong")])
+    assert Row("x", "", samples).described()["cpu_seconds"] == 2.0
+    spoiled = Row("x", "", [*samples, Failure("wrong")])
     assert "cpu_seconds" not in spoiled.described()
     assert spoiled.problem == "wrong"
     assert compile_cost._cells(spoiled) == ["-"] * 4

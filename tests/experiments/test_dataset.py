@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from vit_encoder import Llama4ImageSettings, Llama4VisionConfig, Qwen2_5_VLVisionConfig
+from vit_encoder import Llama4ImageSettings, Llama4VisionConfig
 
 from experiments.common.encoders import ENCODERS, Prepared
 from experiments.dataset import __main__ as encode_dataset
@@ -52,21 +52,18 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-# Images of 4 tiles, or of 64 patches, and what goes into a batch.
-LIMITS = {
-    "llama4": ("--max-tiles", "4", "--budget", "6"),
-    "qwen2_5_vl": ("--max-pixels", str(64 * 14 * 14), "--budget", "96"),
-}
-TINY = {"llama4": Llama4VisionConfig.tiny(), "qwen2_5_vl": Qwen2_5_VLVisionConfig.tiny()}
+# Images of at most 4 tiles or 64 patches of 14 x 14 pixels, and what goes into a batch.
+LIMITS = {"tile": ("--max-tiles", "4", "--budget", "6"), "patch": ("--max-pixels", "12544", "--budget", "96")}
+TINY = {name: kind.config.tiny() for name, kind in ENCODERS.items()}
 
 
 def run(images: Path, out: Path, *arguments: str, model: str = "llama4") -> int:
-    sizes = ("--model", model, "--config", "tiny", "--part-images", "2", *LIMITS[model])
+    sizes = ("--model", model, "--config", "tiny", "--part-images", "2", *LIMITS[ENCODERS[model].unit])
     return encode_dataset.main(["--images", f"{images}/*", "--out", str(out), *sizes, *arguments])
 
 
-def settings_of(model: str, limit: int) -> Settings:
-    images, _ = ENCODERS[model].settings_of(None, TINY[model], limit)
+def settings_of(model: str) -> Settings:
+    images, _ = ENCODERS[model].settings_of(None, TINY[model], int(LIMITS[ENCODERS[model].unit][1]))
     place: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "compiled": False}
     return Settings(model=model, checkpoint=None, config=TINY[model], images=images, **place)
 
@@ -102,7 +99,7 @@ def test_progress_is_told_after_each_batch(images: Path, tmp_path: Path, monkeyp
         return encode(encoder, batch)
 
     monkeypatch.setattr(DatasetEncoder, "_encode_batch", counted)
-    job = Job(references(f"{images}/*"), settings_of("llama4", 4), tmp_path, budget=6, part_images=64, actors=1)
+    job = Job(references(f"{images}/*"), settings_of("llama4"), tmp_path, budget=6, part_images=64, actors=1)
     told: Iterator[str] = plain(job)
     next(told)
     assert encoded == [2], "the images of 1 and 4 tiles, of six images in all"
@@ -117,7 +114,7 @@ def test_a_bad_image_keeps_its_error(images: Path) -> None:
     assert (good.error, good.pixel_values.shape, good.high, good.wide) == ("", (5, 3, 112, 112), 2, 2)
     assert (bad.pixel_values.shape, bad.high) == ((0, 3, 112, 112), 0)
     assert bad.error.startswith("OSError: image: expected a complete image")
-    patches = decode(found[3], "qwen2_5_vl", TINY["qwen2_5_vl"], settings_of("qwen2_5_vl", 3136).images)
+    patches = decode(found[3], "qwen2_5_vl", TINY["qwen2_5_vl"], settings_of("qwen2_5_vl").images)
     assert (patches.pixel_values.shape, patches.error) == ((0, 1176), bad.error)
     with pytest.raises(FileNotFoundError, match="expected a pattern that matches files"):
         references(f"{images}/*.webp")
@@ -165,20 +162,18 @@ def test_what_is_not_installed_is_named(
 
 
 @needs_pyarrow
-@pytest.mark.parametrize(("model", "limit", "width"), [("llama4", 4, 120), ("qwen2_5_vl", 64 * 14 * 14, 96)])
-def test_each_row_is_what_the_encoder_gives_for_its_image(
-    model: str, limit: int, width: int, images: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("model", ENCODERS)
+def test_each_row_is_what_the_encoder_gives_for_its_image(model: str, images: Path, tmp_path: Path) -> None:
     assert run(images, tmp_path / "out", model=model) == 1
     rows = read_embeddings(tmp_path / "out")
     assert sorted(rows) == sorted(str(path) for path in images.iterdir())
-    settings, kind = settings_of(model, limit), ENCODERS[model]
+    settings, kind = settings_of(model), ENCODERS[model]
     encoder = settings.make()
     for path in images.iterdir():
         row = rows[str(path)]
         if path.name == "2b.png":
             assert row.error.startswith("OSError: image: expected a complete image")
-            assert row.features.shape == (0, width)
+            assert row.features.shape == (0, kind.features(settings.config))
             continue
         image = kind.prepare(path, settings.config, settings.images)
         assert (row.high, row.wide, row.error) == (image.high, image.wide, "")
@@ -304,7 +299,7 @@ def test_a_comparison_is_recorded_where_the_embeddings_are_equal(
 @pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning", "default::ResourceWarning")
 @needs_pyarrow
 @needs_ray
-@pytest.mark.parametrize("model", LIMITS)
+@pytest.mark.parametrize("model", ENCODERS)
 def test_ray_gives_the_same_embeddings(
     model: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
