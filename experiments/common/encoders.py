@@ -55,9 +55,9 @@ class _Encoder:
         package: of vit_encoder, with the functions `encode_images` and `reference_forward`.
         model, config, settings: the classes of the encoder, its sizes and its images' settings.
         configs: published sizes by name; the first is the default of `--config`.
-        features: how wide the features are.
+        features: returns the width of the features.
         peer: makes transformers' encoder on the same weights, or None where that is not installed.
-        peer_features: of what the peer returns.
+        peer_features: takes the features out of what the peer returns.
         kept: fields of the sizes that change the graph, beside the number of layers.
         depth: the sizes' name for the number of layers.
     """
@@ -75,13 +75,13 @@ class _Encoder:
     depth = "depth"
 
     def config_of(self, folder: Path | None, name: str) -> Any:
-        """The sizes of a checkpoint, or those of a name."""
+        """Return the sizes of a checkpoint, or without one those of a name."""
         return self.config.from_hf(folder) if folder else self.configs[name]()
 
     def make(
         self, folder: Path | None, config: Any, *, layers: int | None = None, dtype: torch.dtype, device: torch.device
     ) -> VisionEncoder:
-        """The encoder with the weights of a checkpoint, or with random ones, cut off after `layers` layers.
+        """Make the encoder with the weights of a checkpoint, or with random ones, cut off after `layers` layers.
 
         Raises:
             ValueError: the checkpoint has fewer layers; and what `from_pretrained` raises.
@@ -98,11 +98,11 @@ class _Encoder:
         return model
 
     def narrow(self, config: Any) -> Any:
-        """The tiny encoder, as deep as `config`: the depth makes the graph, the width only the arithmetic."""
+        """Return sizes of the tiny encoder as deep as `config`: the graph depends on the depth and not on the width."""
         return replace(self.config.tiny(), **{name: getattr(config, name) for name in (self.depth, *self.kept)})
 
     def peer_call(self, model: VisionEncoder, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor] | None:
-        """transformers' encoder on the weights of `model`, and on the encoder's inputs; None where not installed."""
+        """Return a call of transformers' encoder with our weights and inputs; None where it is not installed."""
         peer = self.peer(model)
         # transformers wants all of them on one device.
         on_device = [x.to(inputs[0].device) for x in inputs]
@@ -111,7 +111,7 @@ class _Encoder:
 
 @dataclass(frozen=True, kw_only=True)
 class TileEncoder(_Encoder):
-    """Of images that are cut into tiles of one size: Llama 4's.
+    """An encoder whose images are cut into tiles of one size: Llama 4's.
 
     Attributes:
         unit, plural, budget: what an image is cut into, and how many of them a batch has at most by default.
@@ -130,12 +130,13 @@ class TileEncoder(_Encoder):
     def settings_of(
         self, folder: Path | None, config: Any, limit: int | None, *, most: int | None = None
     ) -> tuple[Any, int]:
-        """How images are prepared, as a checkpoint says or as published, and how large one may be.
+        """Return how images are prepared, as a checkpoint says or as published, and how large one may be.
 
         Args:
-            folder, config: of the checkpoint, and of the encoder.
-            limit: the bound to take instead of the settings' own.
-            most: what that one is lowered to.
+            folder: of the checkpoint; None for the published settings.
+            config: the encoder's sizes.
+            limit: the bound of an image; None takes that of the settings.
+            most: the largest value that is taken from the settings.
         """
         size = {"image_size": config.image_size}
         settings = self.settings.from_hf(folder, **size) if folder else self.settings(**size)
@@ -148,27 +149,27 @@ class TileEncoder(_Encoder):
         return Prepared(tiled.pixel_values, *tiled.aspect_ratio)
 
     def inputs(self, prepared: Prepared, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        """The arguments of the encoder, the pixels first."""
+        """Return the arguments of the encoder, the pixels first."""
         return (prepared.pixel_values.to(device, dtype),)
 
     def units(self, high: int, wide: int) -> int:
-        """How many tiles or patches an image has; a canvas of more than one tile has a global one too."""
+        """Return the number of tiles or patches; a canvas of more than one tile has a global one too."""
         return high * wide + (high * wide > 1)
 
     def unit_shape(self, config: Any) -> tuple[int, ...]:
-        """The shape of the pixels of a tile or patch."""
+        """Return the shape of the pixels of one tile or patch."""
         return (config.num_channels, config.image_size, config.image_size)
 
     def tokens(self, units: int, config: Any) -> tuple[int, int]:
-        """How many tokens so many tiles or patches are in the encoder, and how many features come out."""
+        """Return the number of tokens that so many tiles or patches make in the encoder, and of features."""
         return units * config.tokens_per_tile, units * config.output_tokens_per_tile
 
     def batch(self, size: Any, config: Any, generator: torch.Generator) -> tuple[str, tuple[Tensor, ...]]:
-        """What a batch of one of `sizes` is called, and the encoder's arguments on the CPU, of random pixels."""
+        """Return the name of a batch of one of `sizes`, and the encoder's arguments on the CPU, with random pixels."""
         return f"{size} tile(s)", (torch.randn(size, *self.unit_shape(config), generator=generator),)
 
     def encode(self, model: VisionEncoder, images: list[Prepared]) -> list[Tensor]:
-        """The features [tokens, width] of each image, all images in one call."""
+        """Return the features [tokens, width] of each image, of all images in one call."""
         tiled = [TiledImage(image.pixel_values, (image.high, image.wide)) for image in images]
         features: list[Tensor] = self.package.encode_images(model, tiled)
         return features
@@ -176,7 +177,7 @@ class TileEncoder(_Encoder):
 
 @dataclass(frozen=True, kw_only=True)
 class PatchEncoder(_Encoder):
-    """Of images that keep their aspect ratio and are cut into patches: Qwen's. The rest as in `TileEncoder`."""
+    """An encoder whose images keep their aspect ratio and are cut into patches: Qwen's. It does what the other does."""
 
     unit, plural, budget = "patch", "patches", 16384
     part = "image"
@@ -282,7 +283,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen(options: argparse.Namespace) -> Encoder:
-    """The encoder that the options name; fills in the default of --config.
+    """Return the encoder that the options name, and fill in the default of --config.
 
     Raises:
         ValueError: sizes of another encoder, or a bound that only another one has.

@@ -1,4 +1,4 @@
-"""The peers that experiments and tests compare with, and what it takes to import them."""
+"""transformers' encoders, which experiments and tests compare with, and what it takes to import them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def allow_torchvision_beside_cpu_torch() -> None:
 
 
 def transformers_vision_model(model: Llama4VisionModel) -> nn.Module | None:
-    """transformers' own encoder with SDPA on the very parameters of `model`, none of them copied.
+    """Make transformers' own encoder, with SDPA, on the parameters of `model`, of which none is copied.
 
     Its forward takes `pixel_values` and returns an object with the features in `last_hidden_state`.
 
@@ -73,8 +73,10 @@ def transformers_vision_model(model: Llama4VisionModel) -> nn.Module | None:
 
 
 def transformers_qwen2_5_vl(model: Qwen2_5_VLVisionModel) -> nn.Module | None:
-    """As `transformers_vision_model`: its forward takes `hidden_states` (the pixels) and `grid_thw`, which must lie on
-    the model's device, and the returned object has the merged features in `pooler_output`.
+    """Make transformers' own Qwen2.5-VL encoder, as `transformers_vision_model` makes Llama 4's.
+
+    Its forward takes `hidden_states` (the pixels) and `grid_thw`, which must lie on the model's device, and returns an
+    object with the merged features in `pooler_output`.
     """
     if importlib.util.find_spec("transformers") is None:
         return None

@@ -1,4 +1,4 @@
-"""An encoder with random weights."""
+"""Encoders with random weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def random_encoder(
 def random_encoder(
     config: Llama4VisionConfig | Qwen2_5_VLVisionConfig, *, dtype: torch.dtype, device: torch.device
 ) -> VisionEncoder:
-    """An encoder with the scaled random weights of `initialise_`, queries and keys at half their gain.
+    """Make an encoder with the scaled random weights of `initialise_`, with queries and keys at half their gain.
 
     At the full gain attention is so sharp that 34 layers amplify every rounding several hundred times, and two right
     implementations differ by most of the features in bfloat16. At half of it they do not amplify at all, and

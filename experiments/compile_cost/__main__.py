@@ -1,4 +1,4 @@
-"""What compiling a vision encoder costs: cold, warm, and from an export, beside its peers.
+"""Measure what compiling a vision encoder costs: cold, warm, and from an export, beside its peers.
 
 Each form runs in processes of its own, with one thread and empty caches (except the warm one). CPU-seconds are those of
 the process and its children, from after the imports of torch and of this project to the first result. A form whose
@@ -30,7 +30,7 @@ from experiments.compile_cost.subjects import HEAD_DIMS, SUBJECTS
 
 SECONDS_OF_A_PROCESS = 1800
 
-# (name, form of experiments.compile_cost.process, what it is)
+# The name of a row, the form that experiments.compile_cost.process measures for it, and what that is.
 ROWS = (
     ("plain", "plain", "torch.compile of the same module, its layers inlined, every size unbacked"),
     ("transformers", "transformers", "torch.compile of transformers' encoder, dynamic sizes"),
@@ -51,13 +51,13 @@ GOALS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print and write; the exit status is 1 where a form was wrong or failed."""
+    """Measure, print and write the report, and return the exit status: 1 where a form was wrong or failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--calls" in arguments:
         return calls.main([argument for argument in arguments if argument != "--calls"])
     parser = cli.parser("python -m experiments.compile_cost", __doc__)
-    parser.add_argument("--calls", action="store_true", help="what each call costs instead; --calls --help says more")
-    parser.add_argument("--model", choices=SUBJECTS, default="llama4", help="default: %(default)s")
+    parser.add_argument("--calls", action="store_true", help="measure what a call costs instead; see --calls --help")
+    parser.add_argument("--model", choices=SUBJECTS, default="llama4", help="the encoder (default: %(default)s)")
     parser.add_argument("--layers", type=cli.positive, default=34, metavar="N", help="default: %(default)s")
     parser.add_argument("--heads", type=cli.positive, default=2, metavar="N", help="default: 2, so width 176 or 160")
     parser.add_argument("--rounds", type=cli.positive, default=1, metavar="N", help="default: 1, about 4 minutes")
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(model: str, layers: int, heads: int, rounds: int) -> dict[str, list[Sample | Failure]]:
-    """What each row's processes measured, `rounds` times in turn."""
+    """Run the processes of all rows `rounds` times in turn, and return what they measured by the row's name."""
     samples: dict[str, list[Sample | Failure]] = defaultdict(list)
     size = ["--model", model, "--layers", str(layers), "--heads", str(heads)]
     with tqdm(total=2 + rounds * len(ROWS), desc="processes", unit="process", disable=None) as progress:
@@ -104,7 +104,7 @@ def measure(model: str, layers: int, heads: int, rounds: int) -> dict[str, list[
 
 
 def _run(form: str, size: list[str], folder: Path) -> Sample | Failure:
-    """What one process measured."""
+    """Run one process and return what it measured, or why it has no figures."""
     command = [sys.executable, "-m", "experiments.compile_cost.process", form, *size]
     command += ["--cache", str(folder / "cache"), "--artefact", str(folder / "artefact"), "--started"]
     with tempfile.TemporaryDirectory() as inductor:
@@ -130,7 +130,7 @@ def _run(form: str, size: list[str], folder: Path) -> Sample | Failure:
 
 
 def reached(goal: Goal, rows: Sequence[Row]) -> Goal:
-    """The goal with what the rows reached of it."""
+    """Return the goal with what the rows reached of it."""
     by_name = {row.name: row for row in rows}
     row, of = by_name[goal.row], by_name[goal.of or goal.row]
     if row.problem or of.problem:

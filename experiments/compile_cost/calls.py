@@ -1,4 +1,4 @@
-"""What a call of the compiled encoder costs before any arithmetic, in microseconds, with each form of guards.
+"""Measure what a call of the compiled encoder costs before any arithmetic, in microseconds, by its guards.
 
 The graph is replaced by one that returns a ready tensor. Prints a table and writes a JSON file.
 """
@@ -23,7 +23,7 @@ OP_CALLS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Microseconds of a call, by what is called, of an encoder with so many layers and parameters."""
+    """The microseconds of each call by its name, for an encoder with so many layers and parameters."""
 
     layers: int
     parameters: int
@@ -32,10 +32,10 @@ class Report:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print and write."""
+    """Measure, print and write the report."""
     parser = cli.parser("python -m experiments.compile_cost --calls", __doc__)
     parser.add_argument("--layers", type=cli.positive, default=34, help="layers of the tiny encoder (default: 34)")
-    parser.add_argument("--rounds", type=cli.positive, default=300, help="rounds of 20 calls, of which the best counts")
+    parser.add_argument("--rounds", type=cli.positive, default=300, help="of 20 calls, of which the best counts")
     cli.add_out(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -87,7 +87,7 @@ def _forms(model: Llama4VisionModel, pixel_values: Tensor, rounds: int) -> dict[
 
 @torch.no_grad()
 def _ops(rounds: int) -> dict[str, float]:
-    """One op registered as ours are and of attention's schema, that does nothing: 20 in a graph against none."""
+    """Measure an op that does nothing, registered as ours with attention's schema: 20 in a graph against none."""
     q, cu_seqlens = torch.zeros(1, 1, 16), torch.zeros(2, dtype=torch.int32)
     _dispatch.define(
         "call_overhead(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, str? impl) -> Tensor",
@@ -110,7 +110,7 @@ def _ops(rounds: int) -> dict[str, float]:
 
 
 def _best(call: Callable[[], Any], rounds: int, calls: int = 20) -> float:
-    """Microseconds a call, in the best round: what disturbs a round only ever adds to it."""
+    """Return the microseconds of a call in the best round, since what disturbs a round only adds to it."""
     call()
     times = []
     for _ in range(rounds):

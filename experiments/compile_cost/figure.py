@@ -1,4 +1,4 @@
-"""The figure of `experiments.compile_cost`: CPU-seconds to the first result, one bar a form."""
+"""The figure of `experiments.compile_cost`: a bar for each form, its CPU-seconds to the first result."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One form of an encoder in a process of its own: what it takes to the first result, and whether that is right.
+"""Measure one form of an encoder: what it takes to the first result, and whether the results are right.
 
-`experiments.compile_cost` starts it; the last line that it prints is JSON.
+`experiments.compile_cost` starts a process for each; the last line that it prints is JSON.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from experiments.compile_cost.row import Sample
 from experiments.compile_cost.subjects import SUBJECTS, Batch, Subject
 
 Call = Callable[[int], Tensor]
-"""The features of one of the subject's batches, by its index."""
+"""Returns the features of one of the subject's batches, by its index."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure one form and print what was seen."""
+    """Measure one form and print the sample."""
     parser = cli.parser("python -m experiments.compile_cost.process", __doc__, arguments="form [options]")
     parser.add_argument("form", choices=FORMS)
     parser.add_argument("--model", choices=SUBJECTS, required=True)
@@ -60,13 +60,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def cpu_seconds() -> float:
-    """User and system seconds of this process and of the children that it has waited for."""
+    """Return the user and system seconds of this process and of the children that it has waited for."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def graphs() -> int:
-    """Graphs that Dynamo made in this process, an export's own ones included."""
+    """Return how many graphs Dynamo made in this process, those of an export included."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
@@ -82,7 +82,7 @@ def _on(compiled: Callable[..., Any], batches: list[Batch], mark: Callable[[Tens
 
 
 def _plain(subject: Subject, options: argparse.Namespace) -> Call:
-    """torch.compile of the same module, its layers inlined."""
+    """Compile the same module by torch.compile, with its layers inlined."""
     layer, regions = subject.layer
     for region in regions:
         setattr(layer, region, layer._block)  # type: ignore[attr-defined]

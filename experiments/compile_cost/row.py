@@ -1,4 +1,4 @@
-"""What a form of compiling costs: what its processes measured, their medians, and the goals for them."""
+"""The report's rows: what the processes of a form measured, and their medians; and the goals for them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ FIGURES = ("cpu_seconds", "seconds", "seconds_with_imports", "graphs")
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What one process took to the first result, and what all of its results were.
+    """What one process took to its first result, and whether all of its results are right.
 
     Attributes:
-        cpu_seconds: user and system time of the process and its children, after the imports.
-        seconds, seconds_with_imports: by the clock.
-        graphs: for batches of all sizes.
-        deviation, allowed: of the features from the eager encoder's.
+        cpu_seconds: user and system time of the process and its children after the imports.
+        seconds, seconds_with_imports: time by the clock, after the imports and with them.
+        graphs: how many Dynamo made for batches of all sizes.
+        deviation, allowed: relative RMS difference of the features from the eager encoder's, and the largest allowed.
     """
 
     cpu_seconds: float
@@ -38,7 +38,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Row:
-    """A form, and what its processes measured; it has no figures where one of them has none."""
+    """A form and what its processes measured; where one of them has no figures, the row has none."""
 
     name: str
     what: str
@@ -46,25 +46,28 @@ class Row:
 
     @property
     def problem(self) -> str | None:
-        """Why it has no figures."""
+        """Why the row has no figures."""
         return next((sample.problem for sample in self.samples if isinstance(sample, Failure)), None)
 
     def median(self, figure: str) -> float:
-        """Of all samples, where there is no problem."""
+        """Return the median of a figure over all samples, where there is no problem."""
         return statistics.median(getattr(sample, figure) for sample in self.samples)
 
     def described(self) -> dict[str, Any]:
-        """The row as the report has it, its medians beside what names it."""
+        """Return the row as its file has it, with the medians beside the samples."""
         medians = {} if self.problem else {figure: self.median(figure) for figure in FIGURES}
         return vars(self) | {"problem": self.problem} | medians
 
 
 @dataclass(frozen=True)
 class Goal:
-    """At most `bound` of another row's CPU-seconds, or where there is none of seconds with imports.
+    """A bound for a row.
 
     Attributes:
-        reached: None where a row that it needs has no figures.
+        row: the name of the row.
+        of: another row, whose CPU-seconds those of the row are divided by; None bounds the seconds with imports.
+        bound: the largest value that meets the goal.
+        reached: the value; None where a row that it needs has no figures.
     """
 
     row: str
@@ -82,7 +85,7 @@ class Goal:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All rows of one model, so many layers deep and so wide, and the load average before they were measured."""
+    """All rows of a model with so many layers of such a width, and the load average before they were measured."""
 
     model: str
     layers: int
@@ -94,9 +97,9 @@ class Report:
 
     @property
     def title(self) -> str:
-        """What was compiled."""
+        """The model and its size."""
         return f"{self.model}, {self.layers} layers of width {self.width}"
 
     def described(self) -> dict[str, Any]:
-        """The report as its file has it."""
+        """Return the report as its file has it."""
         return vars(self) | {"rows": [row.described() for row in self.rows]}

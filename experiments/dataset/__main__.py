@@ -45,13 +45,13 @@ STATUSES = {
 
 @dataclass
 class Progress:
-    """What a job did, and when each image was done, in seconds from its start."""
+    """The number of images with an error, and when each image was done, in seconds from the start."""
 
     errors: int = 0
     seconds: list[float] = field(default_factory=list)
 
     def rate(self, part_images: int) -> float | None:
-        """Images a second after the first part, before which encoders were loaded; None where that was all."""
+        """Return images a second after the first part, which waits for the encoders; None where that was all."""
         rest = self.seconds[part_images:]
         elapsed = rest[-1] - self.seconds[part_images - 1] if rest else 0.0
         return len(rest) / elapsed if elapsed else None
@@ -59,7 +59,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What an engine took, the loading of encoders included, and its rate without that."""
+    """The seconds of an engine, which include loading the encoders, and its rate without that."""
 
     seconds: float
     images_per_second: float | None
@@ -68,7 +68,7 @@ class EngineReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A comparison of two engines whose embeddings are equal up to a relative RMS difference of each."""
+    """A comparison of two engines whose embeddings are equal up to a relative RMS difference."""
 
     load_average: list[float]
     images: int
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _check_record(options: argparse.Namespace) -> None:
-    """Refuse before the job what would be lost after it."""
+    """Refuse a --record that could not be written after the job."""
     if options.record is not None and not options.compare:
         raise ValueError("--record: got a file without --compare, expected both: a comparison is what it records")
     if options.record is not None and not options.record.parent.is_dir():
@@ -114,7 +114,7 @@ def _check_installed(engine: str) -> None:
 
 
 def _job(options: argparse.Namespace) -> tuple[Job, int]:
-    """The job, and how many images there are, those with a row included."""
+    """Return the job, and the number of all images, those that have a row included."""
     settings = _settings(options)
     found = references(options.images)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -135,20 +135,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder of the parquet files")
     encoders.add_options(parser)
     parser.add_argument("--engine", choices=("plain", "ray"), default="plain", help="default: %(default)s")
-    parser.add_argument("--actors", type=cli.positive, default=1, help="encoders, one an accelerator (default: 1)")
+    parser.add_argument(
+        "--actors", type=cli.positive, default=1, help="encoders, one for each accelerator (default: 1)"
+    )
     budgets = ", ".join(f"{kind.budget} {kind.plural} of {name}" for name, kind in encoders.ENCODERS.items())
     parser.add_argument("--budget", type=cli.positive, help=f"most tiles or patches of a batch (default: {budgets})")
-    parser.add_argument("--part-images", type=cli.positive, default=64, help="images a file (default: %(default)s)")
+    parser.add_argument("--part-images", type=cli.positive, default=64, help="images in a file (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtype", choices=encoders.DTYPES, default="float32", help="default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="compile the encoder as one graph")
     parser.add_argument("--compare", action="store_true", help="compare with the plain loop")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="of --compare, as JSON; where embeddings are equal")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write the comparison, where embeddings are equal")
     return parser
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    """Fills in the defaults that depend on the encoder."""
+    """Return the encoder's settings, and fill in the options' defaults that depend on it."""
     kind = encoders.chosen(options)
     try:
         torch.empty(0, device=options.device)
@@ -190,7 +192,7 @@ def _told(engine: str, job: Job, progress: Progress) -> str:
 
 
 def _compared(console: Console, options: argparse.Namespace, job: Job, progress: Progress) -> bool:
-    """Encode the same images with the plain loop too; whether both gave the same."""
+    """Encode the same images with the plain loop too, and return whether both gave the same."""
     with tempfile.TemporaryDirectory() as folder:
         beside = replace(job, out=Path(folder))
         plain = _run("plain", beside)

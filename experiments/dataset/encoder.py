@@ -1,4 +1,4 @@
-"""An encoder that turns decoded images into rows of a folder, batch after batch: what every process runs."""
+"""What every process runs: an encoder that turns decoded images into rows of a folder, batch after batch."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from experiments.dataset.parts import Embedding, write_part
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What makes an encoder and prepares its images, wherever it runs.
+    """What it takes to make an encoder, and to prepare its images, in any process.
 
     Attributes:
         model: its name among `ENCODERS`.
-        checkpoint: folder of its weights; None draws random ones for `config`.
+        checkpoint: the folder of its weights; None draws random ones for `config`.
         config: its sizes.
-        images: how images are prepared.
+        images: the settings that images are prepared by.
+        dtype, device: of the weights.
         compiled: whether it is compiled as one graph.
-        threads: of PyTorch on a CPU; None leaves them.
+        threads: how many PyTorch uses on a CPU; None leaves its own choice.
     """
 
     model: str
@@ -41,11 +42,11 @@ class Settings:
 
     @property
     def kind(self) -> Encoder:
-        """What commands know of the encoder."""
+        """The encoder's entry among those that commands know."""
         return ENCODERS[self.model]
 
     def make(self) -> VisionEncoder:
-        """Load or draw the weights; raises what `Encoder.make` does."""
+        """Make the encoder; raises what its entry's `make` does."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         model = self.kind.make(self.checkpoint, self.config, dtype=self.dtype, device=torch.device(self.device))
@@ -58,8 +59,8 @@ class DatasetEncoder:
 
     Args:
         settings: of its one encoder.
-        folder: gets the parts.
-        budget: most tiles or patches of a batch; an image that has more goes alone.
+        folder: the folder that the parts are written to.
+        budget: the most tiles or patches of a batch; an image that has more makes a batch of its own.
     """
 
     def __init__(self, settings: Settings, folder: Path, budget: int) -> None:
@@ -69,7 +70,7 @@ class DatasetEncoder:
         self.budget = budget
 
     def encode(self, images: Iterable[Decoded]) -> Iterator[list[Embedding]]:
-        """The rows of one part, in order, a batch as soon as it is encoded; the part is written after the last."""
+        """Give the rows of one part in order, those of a batch as soon as it is encoded, and then write the part."""
         part: list[Embedding] = []
         for batch in filled(images, self.budget):
             part += (embeddings := self._encode_batch(batch))
@@ -100,7 +101,7 @@ class DatasetEncoder:
 
 
 def filled(images: Iterable[Decoded], budget: int) -> Iterator[list[Decoded]]:
-    """Consecutive images whose tiles or patches fit into the budget together, each batch as long as possible."""
+    """Give batches of consecutive images that fit into the budget together, each as long as possible."""
     batch: list[Decoded] = []
     units = 0
     for image in images:

@@ -23,10 +23,10 @@ class Job:
     Attributes:
         todo: the images.
         settings: of every encoder.
-        out: folder of the parts.
-        budget: most tiles or patches of a batch.
-        part_images: images that are handed to an encoder, and written, at a time.
-        actors: encoders, where there can be several.
+        out: the folder of the parts.
+        budget: the most tiles or patches of a batch.
+        part_images: how many images are handed to an encoder, and written, at a time.
+        actors: the number of encoders, where there can be several.
     """
 
     todo: Sequence[Reference]
@@ -42,7 +42,7 @@ class Job:
 
 
 def plain(job: Job) -> Iterator[str]:
-    """Encode part after part in this process; gives each image's error as its batch is done, "" without one."""
+    """Encode part after part in this process, and give each image's error, or "", when its batch is done."""
     encoder = DatasetEncoder(job.settings, job.out, job.budget)
     for first in range(0, len(job.todo), job.part_images):
         part = job.todo[first : first + job.part_images]
@@ -51,7 +51,7 @@ def plain(job: Job) -> Iterator[str]:
 
 
 def with_ray(job: Job) -> Iterator[str]:
-    """Encode with Ray Data, images decoded by tasks beside the actors that encode them; gives what `plain` does.
+    """Encode with Ray Data, where tasks decode images beside the actors that encode them; gives what `plain` does.
 
     An actor has an accelerator of its own, or an equal share of the CPU cores but one. On a cluster that is running
     already (RAY_ADDRESS) every node must see the images and the folder.
@@ -84,7 +84,7 @@ def with_ray(job: Job) -> Iterator[str]:
 
 
 def _decoded(row: dict[str, Any], job: Job) -> dict[str, Any]:
-    """A row of Ray's: a reference's fields to those of the decoded image."""
+    """Decode a row of Ray's: it has the fields of a reference, and becomes one with those of the decoded image."""
     return vars(job.decode(Reference(**row)))
 
 

@@ -1,4 +1,4 @@
-"""The images of a collection: which there are, and one of them decoded, with its error if it cannot be."""
+"""The images of a collection: the list of them, and the decoding of one, with its error where that fails."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Decoded:
         source: its name.
         pixel_values: float32, its tiles or patches; none where there is an error.
         high, wide: its canvas in tiles, or its grid in patches.
-        error: why it cannot be had; "" otherwise.
+        error: why it cannot be decoded; "" otherwise.
     """
 
     source: str
@@ -47,7 +47,7 @@ class Decoded:
 
 
 def references(images: str) -> list[Reference]:
-    """Every image that a pattern names, in a fixed order.
+    """List every image that a pattern names, in a fixed order.
 
     Args:
         images: a glob pattern, `**` included, of image files; or of parquet files with a column `image` (encoded
@@ -105,7 +105,7 @@ def _image(reference: Reference) -> Image.Image | str:
 
 @functools.lru_cache(maxsize=1)
 def _row_group(file: str, group: int) -> Any:
-    """The images of one row group, which neighbours share."""
+    """Read the images of one row group, which neighbours share."""
     import pyarrow.parquet
 
     parquet = pyarrow.parquet.ParquetFile(file)

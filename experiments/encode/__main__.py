@@ -1,6 +1,6 @@
-"""A photograph through a vision encoder, eager and compiled: is it one graph, is it right, how fast is it.
+"""The main job: encode a photograph, eagerly and compiled, and say whether it is one graph, right, and how fast.
 
-The main job, for Llama 4 or Qwen2.5-VL. Prints how the image is cut and a table, and writes a JSON file and a figure.
+Prints how the image is cut and a table, and writes a JSON file and a figure.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _usable_device(name: str) -> torch.device:
 
 
 def _measure(options: argparse.Namespace, subject: Subject, start: float, load: float) -> tuple[Result, Tensor | None]:
-    """Everything that is computed, and features to show."""
+    """Compute everything, and return the result and the features to show, where there are right ones."""
     compilation = CompilationConfig(
         compile_mm_encoder=True, backend=options.backend, dynamic_shapes=options.dynamic_shapes
     )
@@ -154,7 +154,7 @@ def _compare(
 
 
 def _calls(subject: Subject, compilation: CompilationConfig) -> dict[str, Call]:
-    """The forms that are compared, all with the same weights in the same memory, in the order of their first calls.
+    """Return the forms that are compared, with the same weights in the same memory, in the order of their first calls.
 
     The compiled one comes first, while the kernels that it shares with the eager one are not compiled either.
     """

@@ -15,7 +15,7 @@ from experiments.encode.result import Image, Result, Row
 
 COLOURS = {"eager": "#8da0b6", "compiled": "#d95f02", "transformers": "#4c6a92"}
 GAP = 10
-"""White pixels between the tiles that are shown."""
+"""The number of white pixels between the tiles that are shown."""
 
 
 def draw(result: Result, pixel_values: Tensor, features: Tensor | None, path: Path) -> None:
@@ -24,8 +24,8 @@ def draw(result: Result, pixel_values: Tensor, features: Tensor | None, path: Pa
     Args:
         result: what was found.
         pixel_values: [tiles, 3, image_size, image_size] in [-1, 1], or [patches, patch_dim], normalised.
-        features: [tiles, tokens, width] or [units, width], or None when there are none to be trusted.
-        path: of the file.
+        features: [tiles, tokens, width] or [units, width], or None when none are right.
+        path: the path of the file.
     """
     figure = Figure(figsize=(13, 5.6), layout="constrained")
     figure.suptitle(_title(result), x=0.01, ha="left", fontsize=11)
@@ -42,7 +42,7 @@ def draw(result: Result, pixel_values: Tensor, features: Tensor | None, path: Pa
 
 
 def _pictures(result: Result, pixel_values: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The image and its features, each [height, width, 3] in [0, 1]."""
+    """Return the image and its features, each [height, width, 3] in [0, 1]."""
     image, sizes = result.image, result.encoder.sizes
     if image.canvas:
         colours = None if features is None else _principal_colours(features, len(pixel_values))
@@ -95,7 +95,7 @@ def _show(axes: Axes, picture: Tensor | None, title: str) -> None:
 
 
 def _mosaic(pixel_values: Tensor, canvas: list[int], gap: int = GAP) -> Tensor:
-    """The canvas [height, width, 3] in [0, 1] from tiles in [-1, 1], the global tile left out."""
+    """Return the canvas [height, width, 3] in [0, 1] of tiles in [-1, 1], without the global tile."""
     high, wide = canvas
     pictures = pixel_values[: high * wide].float().cpu().add(1).div(2).clamp(0, 1)
     padded = torch.nn.functional.pad(pictures, (0, gap, 0, gap), value=1.0)
@@ -103,20 +103,20 @@ def _mosaic(pixel_values: Tensor, canvas: list[int], gap: int = GAP) -> Tensor:
 
 
 def _principal_colours(features: Tensor, tiles: int) -> Tensor:
-    """The first three principal components of the features as pictures [tiles, 3, grid, grid] in [-1, 1]."""
+    """Return the first three principal components of the features as pictures [tiles, 3, grid, grid] in [-1, 1]."""
     grid = round(features.shape[1] ** 0.5)
     return rearrange(_components(features.float().cpu().flatten(0, 1)), "(n h w) c -> n c h w", n=tiles, h=grid)
 
 
 def _components(features: Tensor) -> Tensor:
-    """The first three principal components [tokens, 3] in [-1, 1]."""
+    """Return the first three principal components [tokens, 3] in [-1, 1]."""
     centred = features - features.mean(0)
     components = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:3].T
     return components / components.abs().amax(0).clamp(min=1e-6)
 
 
 def _draw_times(axes: Axes, result: Result) -> None:
-    """Median as a bar, range as a line, every sample as a dot."""
+    """Draw the median as a bar, the range as a line and every sample as a dot."""
     for y, row in enumerate(result.rows):
         if (time := row.seconds) is None:
             _say_wrong(axes, y)
@@ -141,7 +141,7 @@ def _draw_first_calls(axes: Axes, rows: list[Row]) -> None:
 
 
 def _draw_errors(axes: Axes, result: Result) -> None:
-    """On a logarithmic scale, with the bound on the RMS error."""
+    """Draw the errors on a logarithmic scale, with the bound on the RMS error."""
     bound = result.allowed_eps * torch.finfo(getattr(torch, result.dtype)).eps
     axes.axvline(bound, color="firebrick", linestyle="--", linewidth=1)
     axes.text(bound, -0.62, " allowed for the RMS", color="firebrick", fontsize=8, va="top")

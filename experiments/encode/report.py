@@ -1,4 +1,4 @@
-"""The main job's result as text."""
+"""The text of the main job's result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from experiments.common.comparison import Error
 from experiments.encode.result import Result, Row, Task
 
 BUSY = 0.25
-"""A load average above this share of the cores, before the job starts, is other work that disturbs the times."""
+"""A load average above this share of the cores before the job starts means other work, which disturbs the times."""
 
 HEADER = (
     "",
@@ -43,7 +43,7 @@ def print_task(console: Console, task: Task) -> None:
 
 
 def cutting(task: Task) -> str:
-    """How the image is cut into tiles or patches, and how many tokens that makes."""
+    """Describe how the image is cut into tiles or patches, and how many tokens that makes."""
     image, sizes = task.image, task.encoder.sizes
     tokens = f"{image.encoder_tokens} tokens in the encoder, {image.features} features out"
     if image.canvas:
@@ -59,7 +59,7 @@ def cutting(task: Task) -> str:
 
 
 def encoder_text(task: Task) -> str:
-    """The encoder's size, weights, dtype and device."""
+    """Describe the encoder's size, weights, dtype and device."""
     encoder = task.encoder
     return (
         f"{encoder.config}: {encoder.sizes['num_hidden_layers']} layers of width {encoder.sizes['hidden_size']}, "
@@ -82,12 +82,12 @@ def print_result(console: Console, result: Result) -> None:
 
 
 def header(result: Result) -> tuple[str, ...]:
-    """The columns of the table, which name what the times are divided by."""
+    """Return the table's column titles, which name what the times are divided by."""
     return tuple(column.replace("a tile", "an image") if result.kind.part == "image" else column for column in HEADER)
 
 
 def swept_text(result: Result) -> str:
-    """The sizes of the batches that one graph served."""
+    """Describe the sizes of the batches that one graph served."""
     sizes = result.sweep.sizes
     if result.kind.unit == "tile":
         return f"{', '.join(map(str, sizes))} tiles"
@@ -100,7 +100,7 @@ def _batch_text(grids: list[list[int]]) -> str:
 
 
 def table_rows(result: Result) -> list[list[str]]:
-    """The cells of each row of the table, under `header`."""
+    """Return the cells of each row of the table, under `header`."""
     return [
         [
             row.name,
@@ -113,7 +113,7 @@ def table_rows(result: Result) -> list[list[str]]:
 
 
 def notes(result: Result) -> list[str]:
-    """What the table's numbers mean, and every problem."""
+    """Return lines that say what the table's numbers mean, and name every problem."""
     sweep, timed = result.sweep, [row.seconds for row in result.rows if row.seconds]
     baseline = "transformers" if any(row.name == "transformers" for row in result.rows) else "eager"
     memory = "allocated on the GPU" if result.device.startswith("cuda") else "resident in the whole process"

@@ -1,4 +1,4 @@
-"""The main job's result, and its JSON form."""
+"""The main job's result, and the form that its JSON file has."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experiments.common.measure import Spread
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
-    """The image, and what it became: tiles of a canvas (high x wide, of at most max_tiles), or a grid of patches."""
+    """The image and what it was cut into: tiles of a canvas (high x wide, at most max_tiles), or a grid of patches."""
 
     name: str
     width: int
@@ -31,7 +31,7 @@ class Image:
 
 @dataclass(frozen=True)
 class EncoderUsed:
-    """The encoder: which configuration, whose weights, and all its sizes by name."""
+    """The encoder's configuration, the origin of its weights, and all its sizes by name."""
 
     config: str
     weights: str
@@ -76,11 +76,11 @@ class Row:
 
 @dataclass
 class Sweep:
-    """What calls with batches of several sizes saw; `problem` says what was not as it must be.
+    """The outcome of calls with batches of several sizes; `problem` says what is wrong.
 
     Attributes:
         layers, hidden_size: of the encoder that was called.
-        deviation: largest relative RMS difference between the compiled and the eager features, of those allowed.
+        deviation: the largest relative RMS difference between compiled and eager features, of those allowed.
     """
 
     sizes: list[Any]
@@ -121,13 +121,13 @@ class Result(Task):
 
     @property
     def problems(self) -> dict[str, str]:
-        """What is not as it must be, by what it concerns."""
+        """What is wrong, by what it concerns."""
         found = {row.name: row.problem for row in self.rows}
         found |= {"one graph": self.graphs.problem, self.kind.swept.replace("_", " "): self.sweep.problem}
         return {name: problem for name, problem in found.items() if problem}
 
     def described(self) -> dict[str, Any]:
-        """The result as its file has it: some names are those of what the encoder's images are cut into."""
+        """Return the result as its file has it, where some names are those of what the images are cut into."""
         whole, (seconds, swept, chosen) = cli.plain(self), _names(self.kind)
         whole["image"] = {name: value for name, value in whole["image"].items() if value is not None}
         whole["encoder"] |= whole["encoder"].pop("sizes")
@@ -138,10 +138,10 @@ class Result(Task):
 
 
 def result_of(described: Mapping[str, Any]) -> Result:
-    """The result that was described so; one without a `model` is of Llama 4.
+    """Return the result that a file describes; one without a `model` is of Llama 4.
 
     Raises:
-        KeyError, TypeError: something is missing, or unknown.
+        KeyError, TypeError: something is missing or unknown.
     """
     whole = {"model": "llama4", **described}
     seconds, swept, chosen = _names(ENCODERS[whole["model"]])
@@ -157,5 +157,5 @@ def result_of(described: Mapping[str, Any]) -> Result:
 
 
 def _names(kind: Encoder) -> tuple[str, str, str]:
-    """The file's names of a row's seconds, of the sweep and its sizes, and of whether the image's size was chosen."""
+    """Return the file's names of a row's seconds, of the sweep and its sizes, and of `size_chosen`."""
     return f"seconds_per_{kind.part}", kind.swept, "size_chosen" if kind.unit == "patch" else "max_tiles_chosen"

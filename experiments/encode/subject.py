@@ -1,4 +1,4 @@
-"""What the main job measures: an encoder, an image for it, and batches of several sizes."""
+"""The subject of the main job: an encoder, an image for it, and batches of several sizes."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Subject:
     """An encoder and an image for it, on its device and in its dtype.
 
     Attributes:
-        inputs: of the encoder's forward; the pixels come first.
-        parts: what the times are divided by.
-        task: goes into the result.
-        peer: transformers' encoder on the same weights and input, or None where it is not installed.
+        inputs: the arguments of the encoder's forward; the pixels come first.
+        parts: the number that the times are divided by.
+        task: what the result says of the encoder and the image.
+        peer: a call of transformers' encoder with the same weights and inputs, or None where it is not installed.
         sizes: of the batches that one graph must serve.
     """
 
@@ -44,16 +44,16 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where the encoder runs."""
+        """The device that the encoder runs on."""
         return self.inputs[0].device
 
     def reference(self) -> Tensor:
-        """The features in fp64."""
+        """Return the reference's features, in fp64."""
         features: Tensor = self.task.kind.package.reference_forward(self.model, *self.inputs, progress=True)
         return features
 
     def sweep(self, compilation: CompilationConfig) -> Sweep:
-        """Call an encoder as deep as this one with a batch of each size; on a CPU a narrow one."""
+        """Call an encoder as deep as this one, but narrow on a CPU, with a batch of each size."""
         kind, config = self.task.kind, self.model.config
         if self.device.type == "cpu":
             config = kind.narrow(config)
@@ -67,11 +67,11 @@ class Subject:
 
 
 def prepare(options: argparse.Namespace, device: torch.device, path: Path) -> Subject:
-    """The encoder and the image that the options ask for.
+    """Prepare the encoder and the image that the options ask for.
 
     Raises:
-        OSError, TypeError, ValueError: as `encoders.chosen`, `from_pretrained` and the image's preparation do; or an
-            option that would be ignored.
+        OSError, TypeError, ValueError: as `encoders.chosen`, `from_pretrained` and the image's preparation do; or for
+            an option that would be ignored.
     """
     kind = chosen(options)
     if options.tile_counts and kind.swept != "tile_counts":

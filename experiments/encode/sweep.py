@@ -25,9 +25,9 @@ def sweep_batches(
 
     Args:
         model: the encoder.
-        batches: what each is, for a message, and the encoder's inputs.
-        compilation_config: how it is compiled.
-        sweep: is filled, and returned.
+        batches: the name of each, for a message, and the encoder's inputs.
+        compilation_config: how the encoder is compiled.
+        sweep: the outcome, which is filled and returned.
     """
     try:
         with whole_graph() as sweep.graphs:
