@@ -266,8 +266,8 @@ ENCODERS: dict[str, Encoder] = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which encoder, with which weights, and how large an image may be."""
+def add_options(parser: argparse.ArgumentParser, *, lower_on_cpu: bool = False) -> None:
+    """Add the options that say which encoder, with which weights, and how large an image may be, or on a CPU is."""
     parser.add_argument("--model", choices=ENCODERS, default="llama4", help="the encoder (default: %(default)s)")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
@@ -276,10 +276,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     names = dict.fromkeys(name for encoder in ENCODERS.values() for name in encoder.configs)
     first = ", ".join(f"{next(iter(encoder.configs))} for {name}" for name, encoder in ENCODERS.items())
     weights.add_argument("--config", choices=list(names), help=f"sizes of random weights (default: {first})")
-    parser.add_argument(
-        "--max-tiles", type=cli.positive, help="most tiles of a canvas, for Llama 4 (default: the checkpoint's, or 16)"
-    )
-    parser.add_argument("--max-pixels", type=cli.positive, help="most pixels of a resized image, for Qwen")
+    for option, what, published, on_cpu in (
+        ("--max-tiles", "most tiles of a canvas, for Llama 4", "16", TileEncoder.on_cpu),
+        ("--max-pixels", "most pixels of a resized image, for Qwen", "its published ones", PatchEncoder.on_cpu),
+    ):
+        lower = f"; on a CPU {on_cpu}" if lower_on_cpu else ""
+        default = f"(default: the checkpoint's, without one {published}{lower})"
+        parser.add_argument(option, type=cli.positive, help=f"{what} {default}")
 
 
 def chosen(options: argparse.Namespace) -> Encoder:

@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("python -m experiments.encode", __doc__, examples=EXAMPLES, statuses=STATUSES)
-    encoders.add_options(parser)
+    encoders.add_options(parser, lower_on_cpu=True)
     parser.add_argument("--image", type=Path, help="image file (default: matplotlib's sample photograph)")
     parser.add_argument("--layers", type=cli.positive, help="use only the first layers (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")

@@ -36,7 +36,7 @@ def print_task(console: Console, task: Task) -> None:
         why = "since a CPU takes seconds for each" if on_cpu else "as the checkpoint, or else Llama 4, has it"
         console.print(f"         by default the canvas has at most {image.max_tiles}, {why}; --max-tiles changes that")
     elif task.size_chosen and task.device == "cpu":
-        console.print("         by default on a CPU it is at most 256 features; --max-pixels changes that")
+        console.print(f"         by default on a CPU at most {task.kind.on_cpu} pixels; --max-pixels changes that")
     console.print(f"encoder  {encoder_text(task)}")
     if task.slow_dtype:
         console.print(f"warning: this CPU has no {task.dtype} instructions: expect 4 times the time of float32")

@@ -17,8 +17,11 @@ from experiments.compile_cost import process
 from experiments.compile_cost.row import Failure, Row, Sample
 from experiments.compile_cost.subjects import SUBJECTS, Subject
 
+pytestmark = pytest.mark.costly
+
 ROOT = Path(__file__).parents[2]
-SIZE = ["--model", "llama4", "--layers", "1", "--heads", "1"]
+NARROW = ["--layers", "1", "--heads", "1"]
+SIZE = ["--model", "llama4", *NARROW]
 
 
 def in_this_process(form: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -33,12 +36,23 @@ def in_this_process(form: str, folder: Path, capsys: pytest.CaptureFixture[str])
     return seen
 
 
-def test_a_process_of_its_own(tmp_path: Path) -> None:
-    seen = compile_cost._run("decorated", SIZE, tmp_path)
+@pytest.mark.parametrize("model", SUBJECTS)
+def test_a_process_of_its_own(tmp_path: Path, model: str) -> None:
+    seen = compile_cost._run("decorated", ["--model", model, *NARROW], tmp_path)
     assert isinstance(seen, Sample)
     assert seen.graphs == 1
     assert 0 < seen.seconds < seen.seconds_with_imports
     assert list((tmp_path / "cache").glob("*.artefact"))
+
+
+# Llama 4's is what tests/compilation/test_deployment.py exports.
+@pytest.mark.parametrize("model", [model for model in SUBJECTS if model != "llama4"])
+def test_an_export_is_right_for_every_size_in_the_process_that_made_it_and_another(tmp_path: Path, model: str) -> None:
+    size = ["--model", model, *NARROW]
+    exported, loaded = (compile_cost._run(form, size, tmp_path) for form in ("exported", "loaded"))
+    assert isinstance(exported, Sample), exported.problem
+    assert isinstance(loaded, Sample), loaded.problem
+    assert loaded.graphs == 0
 
 
 def test_a_process_that_fails_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
