@@ -82,7 +82,7 @@ def _on(compiled: Callable[..., Any], batches: list[Batch], mark: Callable[[Tens
 
 
 def _plain(subject: Subject, options: argparse.Namespace) -> Call:
-    """Compile the same module by torch.compile, with its layers inlined."""
+    """torch.compile of the same module, its layers inlined."""
     layer, regions = subject.layer
     for region in regions:
         setattr(layer, region, layer._block)  # type: ignore[attr-defined]

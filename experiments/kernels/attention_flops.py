@@ -85,7 +85,7 @@ class Attention:
 
 
 def workloads() -> tuple[Workload, ...]:
-    """Return a tile of Llama 4, Qwen2.5-VL's windows, and its layers over a photograph of 74 x 54 patches."""
+    """A tile of Llama 4; Qwen2.5-VL's windows; and its layers over a photograph of 74 x 54 patches."""
     from vit_encoder import Qwen2_5_VLVisionConfig
     from vit_encoder.qwen2_5_vl import vision_metadata
 
@@ -141,7 +141,7 @@ def vllm_prefill(lengths: Lengths, head_dim: int) -> OperationCounts:
 
 
 def tiles(queries: int, keys: int, padded_head_dim: int) -> Count:
-    """Model the work as whole tiles of queries x keys, with both products at the padded head_dim."""
+    """A model: whole tiles of queries x keys, both products at the padded head_dim."""
 
     def count(lengths: Lengths, head_dim: int) -> OperationCounts:
         from vit_kernels.testing.counts import OperationCounts

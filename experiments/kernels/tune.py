@@ -191,7 +191,7 @@ def measure_all(
 
 
 def problem(head_dim: int) -> tuple[int, int, int, int]:
-    """Return sequences, their length, heads and head_dim: Qwen2.5-VL's windows for its 80, else 16 tiles of Llama 4."""
+    """Sequences, their length, heads and head_dim: Qwen2.5-VL's windows for its 80, else 16 tiles of Llama 4."""
     return *sequences(head_dim), HEADS, head_dim
 
 
