@@ -100,6 +100,17 @@ def test_the_result_holds_everything_and_is_right(tmp_path: Path, capsys: pytest
         assert figure.size[0] > 1000
 
 
+@pytest.mark.parametrize("model", ENCODERS)
+def test_every_encoder_is_right_and_one_graph(model: str, tmp_path: Path) -> None:
+    arguments = ["--model", model, "--config", "tiny", "--backend", "eager", "--repeats", "1", "--out", str(tmp_path)]
+    bound = "2" if ENCODERS[model].unit == "tile" else "30000"
+    assert main([*arguments, f"--{ENCODERS[model].limit.replace('_', '-')}", bound]) == 0
+    (path,) = tmp_path.glob("*.json")
+    result = result_of(json.loads(path.read_text()))
+    assert [row.name for row in result.rows] == ["eager", "compiled", "transformers"]
+    assert (result.kind, result.graphs.graphs, result.problems) == (ENCODERS[model], 1, {})
+
+
 def test_an_image_a_checkpoint_and_fewer_layers(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "a checkpoint", tiny_encoder())
     Image.new("RGB", (300, 100), "teal").save(tmp_path / "teal.png")
