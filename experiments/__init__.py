@@ -1,1 +1,1 @@
-"""A folder a question: `python -m experiments` lists the commands."""
+"""Each folder answers one question; `python -m experiments` lists the commands."""

@@ -1,4 +1,4 @@
-"""Every experiment: the command, the question that it answers, and how long it takes on two cores."""
+"""List every experiment: its command, the question that it answers, and how long it takes on two cores."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Command(NamedTuple):
 
     Attributes:
         line: what is typed; `--help` behind it says more.
-        question: what it answers.
-        takes: about, on two cores with its defaults; or what it needs, or depends on, instead.
+        question: the question that the command answers.
+        takes: how long it takes on two cores with its defaults; or what it needs, or depends on.
     """
 
     line: str

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.common import comparison_figure
 from experiments.encode.report import cutting, encoder_text, header, notes, table_rows
+from experiments.encode.result import result_of
 from experiments.predictions.text import measured_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,8 +192,8 @@ def results_text(folder: Path) -> str:
 
 
 def _result_text(path: Path) -> str:
-    result = json.loads(path.read_text(encoding="utf-8"))
-    if not result["right"]:
+    result = result_of(json.loads(path.read_text(encoding="utf-8")))
+    if result.problems:
         raise ValueError(f"{path.name}: got a result that is not right, expected one to be shown")
     columns = header(result)
     table = [columns, ["---"] + ["---:"] * (len(columns) - 1), *table_rows(result)]
@@ -203,7 +204,7 @@ def _result_text(path: Path) -> str:
         f"![The photograph, its features and the comparison]({path.with_suffix('.png').name})",
         "",
         f"{name}. {cutting(result).capitalize()}.",
-        f"{_measured_on(result['environment'])}.",
+        f"{_measured_on(result.environment)}.",
         "",
         *(f"| {' | '.join(cells)} |" for cells in table),
         "",

@@ -1,1 +1,1 @@
-"""What the experiments share: where they ran, time and memory, the judgement, weights, peers, a roofline."""
+"""What the experiments share: their command line, encoders, peers, comparisons, measurements and a roofline model."""

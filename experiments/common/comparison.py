@@ -1,4 +1,4 @@
-"""Several forms of one encoder on the same input: judged against an fp64 reference first, timed only if right."""
+"""Compare several forms of one encoder on the same input: with an fp64 reference first; what is right is then timed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vit_kernels.testing import assert_close_to_reference
 from experiments.common.measure import Call, Measurement, interleaved, timed
 
 ALLOWED_EPS = 32
-"""Largest relative RMS error of any form, in units of the dtype's eps.
+"""The largest relative RMS error that a form may have, in units of the dtype's eps.
 
 A residual network that does not amplify its roundings stays within a few eps at any depth: with this project's random
 weights 4 to 9 eps were measured at 2 to 34 layers, in float32 and in bfloat16.
@@ -23,7 +23,7 @@ weights 4 to 9 eps were measured at 2 to 34 layers, in float32 and in bfloat16.
 
 @dataclass(frozen=True)
 class Error:
-    """Distance from the reference, relative to the RMS of the reference's features."""
+    """The error of some features, relative to the RMS of the reference's features."""
 
     rms: float
     maximum: float
@@ -31,7 +31,7 @@ class Error:
 
 @dataclass
 class Row:
-    """What is known of one form of the encoder; `problem` says why it is not timed."""
+    """The results of one form of the encoder; `problem` says why it is not timed."""
 
     name: str
     first_call_seconds: float | None = None
@@ -56,12 +56,12 @@ def compare(
     most twice the error of PyTorch in the same precision) of what the baseline makes.
 
     Args:
-        calls: name of a form -> its call, which returns features.
+        calls: the call of each form by its name, which returns features.
         expected: the reference's features, float64.
-        baseline: the name of the form that stands for PyTorch.
-        device: where the calls run.
+        baseline: the name of the form whose error the others may have twice.
+        device: the device that the calls run on.
         rounds: as for `interleaved`.
-        known_problems: name of a form -> what an earlier check found wrong with it; such a form is not timed.
+        known_problems: what an earlier check found wrong with a form, by its name; such a form is not timed.
     """
     rows = _first_calls(calls, device)
     for row in rows.values():
@@ -76,7 +76,7 @@ def compare(
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> Error:
-    """RMS and maximum of the difference, both divided by the RMS of `expected`."""
+    """Return the RMS and the maximum of the difference, both divided by the RMS of `expected`."""
     error = (actual.double() - expected).abs()
     scale = expected.square().mean().sqrt()
     return Error((error.square().mean().sqrt() / scale).item(), (error.max() / scale).item())
@@ -96,7 +96,7 @@ def _first_calls(calls: Mapping[str, Call], device: torch.device) -> dict[str, R
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message that says something."""
+    """Return the first line of an error's message that is not blank."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
@@ -105,7 +105,7 @@ def _judge(error: Error, features: Tensor, baseline: Tensor | None, expected: Te
     if not (math.isfinite(error.maximum) and error.rms <= limit):
         return f"RMS error {error.rms:.2g} of the features, expected at most {ALLOWED_EPS} eps = {limit:.2g}"
     if baseline is None:
-        return "nothing to compare with: the form that stands for PyTorch failed"
+        return "nothing to compare with: the baseline failed"
     try:
         assert_close_to_reference(features, expected, baseline)
     except AssertionError as difference:

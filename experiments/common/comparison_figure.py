@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours that are legible on one of GitHub's backgrounds."""
+    """Colours that are legible on one of GitHub's two backgrounds."""
 
     ink: str
     ours: str
@@ -27,12 +27,12 @@ THEMES = {
 
 
 def svg(layers: dict[str, tuple[float, float]], attention: dict[str, dict[str, float]], theme: str) -> str:
-    """Draw the figure: the same text for the same numbers and version of matplotlib.
+    """Draw the figure; the same numbers and version of matplotlib give the same text.
 
     Args:
         layers: launches and GB of a layer, by encoder.
         attention: matrix FLOPs issued over useful, by workload and implementation.
-        theme: of `THEMES`.
+        theme: one of `THEMES`.
     """
     colours = THEMES[theme]
     plain = {name.replace("`", ""): cost for name, cost in layers.items()}
@@ -63,7 +63,7 @@ def _bars(axes: Axes, values: dict[str, float], title: str, form: str, colours: 
 
 
 def _groups(axes: Axes, attention: dict[str, dict[str, float]], colours: Theme) -> None:
-    """A group of bars for each workload; 1, no waste, is a line."""
+    """Draw a group of bars for each workload, and a line at 1, where nothing is wasted."""
     place, ticks = 0.0, {}
     for workload, ratios in attention.items():
         ticks[place + (len(ratios) - 1) / 2] = workload.replace(" (", "\n(").replace(", all", ",\nall")

@@ -1,4 +1,4 @@
-"""What a result was measured on: `environment()` is written into every results file.
+"""The environment of a measurement: every file of results has what `environment()` returns.
 
 Nothing in it names a machine or a person: no host name, no user name, no path.
 """

@@ -1,10 +1,11 @@
-"""Time and memory of calls that are compared with each other."""
+"""Measure the time and memory of calls that are compared with each other."""
 
 from __future__ import annotations
 
 import contextlib
 import mmap
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ Timer = Callable[[Run], float]
 Contender = TypeVar("Contender")
 
 MIN_ROUNDS, MAX_ROUNDS, ROUND_SECONDS = 2, 20, 45.0
-"""Without a number of rounds, another one starts while they took less than ROUND_SECONDS together."""
+"""Where no number of rounds is given, another one starts while they took less than ROUND_SECONDS together."""
 
 _CPU_CALLS = 3
 _CUDA_WARM_UP_MS, _CUDA_MS = 3, 15
@@ -44,14 +45,14 @@ class Peak:
 
 @dataclass
 class Measurement:
-    """The calls of one contender."""
+    """The seconds of each call of one contender, and its peak memory."""
 
     seconds: list[float] = field(default_factory=list)
     peak: Peak = field(default_factory=Peak)
 
 
 def timed(call: Call, device: torch.device) -> tuple[Tensor, float]:
-    """The call's result and its seconds, all work on the device included."""
+    """Return the call's result and its seconds, which include all work on the device."""
     _synchronise(device)
     start = time.perf_counter()
     result = call()
@@ -60,7 +61,7 @@ def timed(call: Call, device: torch.device) -> tuple[Tensor, float]:
 
 
 def in_turn(contenders: Sequence[Contender], rounds: int | None) -> Iterator[tuple[int, Contender]]:
-    """Round after round, from 0, every contender, each round beginning with another one.
+    """Give every contender with the number of its round, from 0; each round begins with another contender.
 
     A machine that slows down, by heat or by other work, then slows all of them down. With `rounds` None there are
     MIN_ROUNDS to MAX_ROUNDS of them, as many as fit in about ROUND_SECONDS.
@@ -75,7 +76,7 @@ def in_turn(contenders: Sequence[Contender], rounds: int | None) -> Iterator[tup
 
 
 def interleaved(calls: Mapping[str, Call], device: torch.device, *, rounds: int | None) -> dict[str, Measurement]:
-    """Time and memory of single calls `in_turn`: of a whole encoder."""
+    """Measure single calls `in_turn`, each long enough to be timed alone, such as one of a whole encoder."""
     measurements = {name: Measurement() for name in calls}
     with tqdm(total=rounds and rounds * len(calls), desc="timing", unit="call", mininterval=1) as progress:
         for done, name in in_turn(list(calls), rounds):
@@ -89,7 +90,7 @@ def interleaved(calls: Mapping[str, Call], device: torch.device, *, rounds: int 
 
 
 def interleaved_seconds(runs: Mapping[str, Run], timer: Timer, *, rounds: int) -> dict[str, list[float]]:
-    """Seconds of short runs `in_turn`, each what `timer` gives: of a kernel."""
+    """Measure short runs `in_turn`, such as of a kernel; a sample is what `timer` gives for one."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _, name in in_turn(list(runs), rounds):
         seconds[name].append(timer(runs[name]))
@@ -97,7 +98,7 @@ def interleaved_seconds(runs: Mapping[str, Run], timer: Timer, *, rounds: int) -
 
 
 def timer_for(device: torch.device) -> Timer:
-    """Return what gives the seconds of one run, as a median of several.
+    """Return a function that gives the seconds of one run, as the median of several.
 
     On a GPU: Triton's do_bench, between events on the stream, with the L2 cache overwritten before each run, so that
     every run reads from HBM. On a CPU: the clock around the call; nothing is flushed.
@@ -121,14 +122,42 @@ def _cpu_seconds(run: Run) -> float:
     return statistics.median(samples)
 
 
-def summary(samples: list[float]) -> dict[str, float | list[float]]:
-    """Median, extremes and the samples themselves."""
-    return {"median": statistics.median(samples), "low": min(samples), "high": max(samples), "samples": samples}
+@dataclass(frozen=True)
+class Spread:
+    """Seconds of several calls: their median and extremes, and the samples themselves."""
+
+    median: float
+    low: float
+    high: float
+    samples: list[float]
+
+
+def spread(samples: list[float]) -> Spread:
+    """Return the spread of some samples."""
+    return Spread(statistics.median(samples), min(samples), max(samples), samples)
+
+
+@contextlib.contextmanager
+def empty_caches() -> Iterator[None]:
+    """Have what is called in the block compile, whatever was compiled before, in this process or on disk.
+
+    Dynamo's graphs, Inductor's and Triton's files and the binaries of this project's kernels are forgotten.
+    """
+    from torch._inductor.utils import fresh_cache
+
+    torch.compiler.reset()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vit_kernels._triton."):
+            for kernel in vars(module).values():
+                # Triton's own name, in every version from 3.6 to 3.9; an interpreted kernel has none.
+                getattr(kernel, "device_caches", {}).clear()
+    with fresh_cache():
+        yield
 
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """The most memory held in the block: allocated on a GPU, resident in the whole process on a CPU (Linux only)."""
+    """Measure the peak memory of the block: allocated on a GPU, resident in the whole process on a CPU (Linux only)."""
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""The peers that experiments and tests compare with, and what it takes to import them."""
+"""transformers' encoders, which experiments and tests compare with, and what it takes to import them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def allow_torchvision_beside_cpu_torch() -> None:
 
 
 def transformers_vision_model(model: Llama4VisionModel) -> nn.Module | None:
-    """transformers' own encoder with SDPA on the very parameters of `model`, none of them copied.
+    """Make transformers' own encoder, with SDPA, on the parameters of `model`, of which none is copied.
 
     Its forward takes `pixel_values` and returns an object with the features in `last_hidden_state`.
 
@@ -62,16 +62,21 @@ def transformers_vision_model(model: Llama4VisionModel) -> nn.Module | None:
     config = configuration_llama4.Llama4VisionConfig(**sizes, rope_parameters=rope, attn_implementation="sdpa")
     with torch.device("meta"):
         peer = modeling_llama4.Llama4VisionModel(config)
-    # The rotary table is no parameter. It is complex: a cast of the module would drop its imaginary part.
+    # The rotary table is no parameter. It is complex: a cast of the module would drop its imaginary part. Left on the
+    # CPU, it would be copied to the device in every call; not all versions of transformers have it as a buffer.
     peer.rotary_embedding = modeling_llama4.Llama4VisionRotaryEmbedding(config)
+    device = next(model.parameters()).device
+    peer.rotary_embedding.freqs_ci = peer.rotary_embedding.freqs_ci.to(device)
     tensors = to_hf_tensors(dict(model.named_parameters()), vision_tensors(model.config))
     peer.load_state_dict({name.removeprefix(VISION_PREFIX): part for name, part in tensors.items()}, assign=True)
     return peer.eval()
 
 
 def transformers_qwen2_5_vl(model: Qwen2_5_VLVisionModel) -> nn.Module | None:
-    """As `transformers_vision_model`: its forward takes `hidden_states` (the pixels) and `grid_thw`, and the returned
-    object has the merged features in `pooler_output`.
+    """Make transformers' own Qwen2.5-VL encoder, as `transformers_vision_model` makes Llama 4's.
+
+    Its forward takes `hidden_states` (the pixels) and `grid_thw`, which must lie on the model's device, and returns an
+    object with the merged features in `pooler_output`.
     """
     if importlib.util.find_spec("transformers") is None:
         return None
@@ -87,7 +92,8 @@ def transformers_qwen2_5_vl(model: Qwen2_5_VLVisionModel) -> nn.Module | None:
     with torch.device("meta"):
         peer = modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel(config)
     # The rotary frequencies are no parameter.
-    peer.rotary_pos_emb = modeling_qwen2_5_vl.Qwen2_5_VLVisionRotaryEmbedding(config)
+    rotary = modeling_qwen2_5_vl.Qwen2_5_VLVisionRotaryEmbedding(config)
+    peer.rotary_pos_emb = rotary.to(next(model.parameters()).device)
     tensors = to_hf_tensors(dict(model.named_parameters()), vision_tensors(model.config))
     peer.load_state_dict({name.removeprefix(PREFIXES[0]): part for name, part in tensors.items()}, assign=True)
     return peer.eval()

@@ -1,4 +1,4 @@
-"""The problem that most experiments measure: 16 tiles of Llama 4's vision encoder; and Qwen2.5-VL's windows."""
+"""The problem that most experiments measure, 16 tiles of Llama 4's vision encoder, and the windows of Qwen2.5-VL."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ WINDOW = 64
 
 
 def sequences(head_dim: int, tiles: int = TILES) -> tuple[int, int]:
-    """How many sequences attention is measured on, and how long they are: tiles, or for heads of 80 windows."""
+    """Return how many sequences attention is measured on, and their length: tiles, or windows for heads of 80."""
     return (9 * tiles, WINDOW) if head_dim == 80 else (tiles, POSITIONS)

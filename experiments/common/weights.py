@@ -1,8 +1,7 @@
-"""The encoder that an experiment runs: with random weights, or with a checkpoint's."""
+"""Encoders with random weights."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TypeAlias, overload
 
 import torch
@@ -24,7 +23,7 @@ def random_encoder(
 def random_encoder(
     config: Llama4VisionConfig | Qwen2_5_VLVisionConfig, *, dtype: torch.dtype, device: torch.device
 ) -> VisionEncoder:
-    """An encoder with the scaled random weights of `initialise_`, queries and keys at half their gain.
+    """Make an encoder with the scaled random weights of `initialise_`, with queries and keys at half their gain.
 
     At the full gain attention is so sharp that 34 layers amplify every rounding several hundred times, and two right
     implementations differ by most of the features in bfloat16. At half of it they do not amplify at all, and
@@ -38,35 +37,4 @@ def random_encoder(
     for name, parameter in model.named_parameters():
         if name.endswith("qkv.weight"):
             parameter[: 2 * config.hidden_size] /= 2
-    return model
-
-
-def checkpoint_encoder(
-    folder: Path, *, layers: int | None, dtype: torch.dtype, device: torch.device
-) -> Llama4VisionModel:
-    """The encoder of a checkpoint folder, cut off after `layers` layers.
-
-    Raises:
-        ValueError: the checkpoint has fewer layers; and what `Llama4VisionModel.from_pretrained` raises.
-    """
-    model = Llama4VisionModel.from_pretrained(folder, dtype=dtype, device=device)
-    if layers is None:
-        return model
-    if layers > len(model.layers):
-        raise ValueError(f"layers: got {layers}, expected at most the {len(model.layers)} of the checkpoint")
-    model.keep_layers(layers)
-    return model
-
-
-def checkpoint_qwen2_5_vl(
-    folder: Path, *, layers: int | None, dtype: torch.dtype, device: torch.device
-) -> Qwen2_5_VLVisionModel:
-    """As `checkpoint_encoder`, of a Qwen2.5-VL checkpoint."""
-    model = Qwen2_5_VLVisionModel.from_pretrained(folder, dtype=dtype, device=device)
-    if layers is None:
-        return model
-    encoder = model.encoder
-    if layers > len(encoder.layers):
-        raise ValueError(f"layers: got {layers}, expected at most the {len(encoder.layers)} of the checkpoint")
-    encoder.keep_layers(layers)
     return model

@@ -1,1 +1,1 @@
-"""What does compiling cost: the first result, each call, and why a module is not one graph."""
+"""What does compiling cost, until the first result and in each call, and why is a module not one graph?"""

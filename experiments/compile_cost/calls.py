@@ -1,4 +1,4 @@
-"""What a call of the compiled encoder costs before any arithmetic, in microseconds, and what each form of guards costs.
+"""Measure what a call of the compiled encoder costs before any arithmetic, in microseconds, by its guards.
 
 The graph is replaced by one that returns a ready tensor. Prints a table and writes a JSON file.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,21 @@ from experiments.common import cli
 OP_CALLS = 20
 
 
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The microseconds of each call by its name, for an encoder with so many layers and parameters."""
+
+    layers: int
+    parameters: int
+    microseconds: dict[str, float]
+    load_before: float
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print and write."""
+    """Measure, print and write the report."""
     parser = cli.parser("python -m experiments.compile_cost --calls", __doc__)
     parser.add_argument("--layers", type=cli.positive, default=34, help="layers of the tiny encoder (default: 34)")
-    parser.add_argument("--rounds", type=cli.positive, default=300, help="rounds of 20 calls, of which the best counts")
+    parser.add_argument("--rounds", type=cli.positive, default=300, help="of 20 calls, of which the best counts")
     cli.add_out(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -33,19 +43,18 @@ def main(arguments: list[str] | None = None) -> int:
     config = replace(Llama4VisionConfig.tiny(), num_hidden_layers=options.layers)
     model = Llama4VisionModel(config).eval()
     pixel_values = torch.zeros(2, config.num_channels, config.image_size, config.image_size)
-    result = cli.result(
-        "call_overhead",
+    report = Report(
         layers=options.layers,
         parameters=sum(1 for _ in model.parameters()),
         microseconds=_forms(model, pixel_values, options.rounds) | _ops(options.rounds),
         load_before=load,
     )
     console = cli.console()
-    console.print(f"{result['layers']} layers, {result['parameters']} parameters, best of {options.rounds} rounds")
-    for name, microseconds in result["microseconds"].items():
+    console.print(f"{report.layers} layers, {report.parameters} parameters, best of {options.rounds} rounds")
+    for name, microseconds in report.microseconds.items():
         console.print(f"{microseconds:8.1f} us  {name}")
     path = options.out / f"call_overhead-{options.layers}.json"
-    cli.write_json(path, result)
+    cli.write_json(path, cli.result("call_overhead", **vars(report)))
     console.print(f"wrote {path}")
     return 0
 
@@ -78,7 +87,7 @@ def _forms(model: Llama4VisionModel, pixel_values: Tensor, rounds: int) -> dict[
 
 @torch.no_grad()
 def _ops(rounds: int) -> dict[str, float]:
-    """One op registered as ours are and of attention's schema, that does nothing: 20 in a graph against none."""
+    """Measure an op that does nothing, registered as ours with attention's schema: 20 in a graph against none."""
     q, cu_seqlens = torch.zeros(1, 1, 16), torch.zeros(2, dtype=torch.int32)
     _dispatch.define(
         "call_overhead(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, str? impl) -> Tensor",
@@ -101,7 +110,7 @@ def _ops(rounds: int) -> dict[str, float]:
 
 
 def _best(call: Callable[[], Any], rounds: int, calls: int = 20) -> float:
-    """Microseconds a call, in the best round: what disturbs a round only ever adds to it."""
+    """Return the microseconds of a call in the best round, since what disturbs a round only adds to it."""
     call()
     times = []
     for _ in range(rounds):

@@ -1,6 +1,6 @@
-"""Why is it not one graph: graph breaks with their source lines, recompilations with their reasons, guards, times.
+"""Explain why a module is not one graph: the lines of its breaks, the reasons of recompilations, guards and times.
 
-Explains the tiny Llama 4 encoder, or what a function of yours returns.
+Without a subject the module is the tiny Llama 4 encoder.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Subject = tuple[nn.Module, list[tuple[Any, ...]]]
 
 
 def encoder() -> Subject:
-    """The tiny Llama 4 encoder with several numbers of tiles."""
+    """Return the tiny Llama 4 encoder, and calls with several numbers of tiles."""
     config = Llama4VisionConfig.tiny()
     compilation_config = CompilationConfig(compile_mm_encoder=True, backend="aot_eager")
     model = Llama4VisionModel(config, compilation_config=compilation_config).eval()
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         statuses=STATUSES,
     )
     parser.add_argument(
-        "subject", nargs="?", default="experiments.compile_cost.explain:encoder", help="module:function"
+        "subject", nargs="?", default="experiments.compile_cost.explain:encoder", help="a function, as module:function"
     )
     parser.add_argument("--guards", action="store_true", help="list every guard instead of counting them by kind")
     parser.add_argument("--report", type=Path, default=Path("tlparse"), help="folder for tlparse's report")
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"subject: got {options.subject!r}, expected module:function: {error}")
     console = cli.console(markup=False)
     if not tlparse:
-        console.print("tlparse is not installed: no report of the single steps")
+        console.print("tlparse is not installed, so there is no report of the single steps")
     whole = _explain_breaks(console, module, calls[0], list_guards=options.guards)
     return 0 if _explain_calls(console, module, calls) and whole else 1
 
@@ -87,7 +87,7 @@ def _subject(name: str) -> Subject:
 
 
 def _with_report(tlparse: str, report: Path, arguments: Sequence[str]) -> int:
-    """Run again in a process that writes a trace, which torch decides at its import, and have tlparse read it."""
+    """Run again in a process that writes a trace, since torch decides that at its import, and have tlparse read it."""
     with tempfile.TemporaryDirectory() as trace:
         command = [sys.executable, "-m", "experiments.compile_cost.explain", *arguments]
         status = subprocess.run(command, env={**os.environ, "TORCH_TRACE": trace}, check=False).returncode

@@ -1,6 +1,6 @@
-"""One form of an encoder in a process of its own: what it takes to its first result, judged before it counts.
+"""Measure one form of an encoder: what it takes to the first result, and whether the results are right.
 
-`experiments.compile_cost` starts it; the last line that it prints is JSON.
+`experiments.compile_cost` starts a process for each; the last line that it prints is JSON.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from vit_encoder import CompilationConfig, export, load
 
 from experiments.common import cli
 from experiments.common.comparison import ALLOWED_EPS, relative_error
+from experiments.compile_cost.row import Sample
 from experiments.compile_cost.subjects import SUBJECTS, Batch, Subject
 
 Call = Callable[[int], Tensor]
-"""The features of one of the subject's batches, by its index."""
+"""Returns the features of one of the subject's batches, by its index."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure one form and print what was seen."""
+    """Measure one form and print the sample."""
     parser = cli.parser("python -m experiments.compile_cost.process", __doc__, arguments="form [options]")
     parser.add_argument("form", choices=FORMS)
     parser.add_argument("--model", choices=SUBJECTS, required=True)
@@ -45,25 +46,27 @@ def main(arguments: list[str] | None = None) -> None:
     call = FORMS[options.form](subject, options)
     first = call(0)
     seconds = time.perf_counter() - wall
-    seen: dict[str, Any] = {
-        "cpu_seconds": cpu_seconds() - cpu,
-        "seconds": seconds,
-        "seconds_with_imports": imported + seconds,
-    }
+    used = cpu_seconds() - cpu
     results = [first, *map(call, range(1, len(expected)))]
-    seen["deviation"] = max(relative_error(*pair).rms for pair in zip(results, expected, strict=True))
-    seen |= {"allowed": 2 * ALLOWED_EPS * torch.finfo(torch.float32).eps, "graphs": graphs()}
-    print(json.dumps(seen))
+    sample = Sample(
+        cpu_seconds=used,
+        seconds=seconds,
+        seconds_with_imports=imported + seconds,
+        graphs=graphs(),
+        deviation=max(relative_error(*pair).rms for pair in zip(results, expected, strict=True)),
+        allowed=2 * ALLOWED_EPS * torch.finfo(torch.float32).eps,
+    )
+    print(json.dumps(vars(sample)))
 
 
 def cpu_seconds() -> float:
-    """User and system seconds of this process and of the children that it has waited for."""
+    """Return the user and system seconds of this process and of the children that it has waited for."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def graphs() -> int:
-    """Graphs that Dynamo made in this process, an export's own ones included."""
+    """Return how many graphs Dynamo made in this process, those of an export included."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])

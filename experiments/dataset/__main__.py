@@ -1,8 +1,8 @@
-"""Embed a whole collection of images with the Llama 4 vision encoder, on one process or with Ray Data.
+"""Embed a whole collection of images with a vision encoder, on one process or with Ray Data.
 
-Writes parquet files with a row an image: its source, its canvas in tiles, its features, or why it has none. What is in
-the folder already is not encoded again, so that an interrupted job goes on where it was. Needs pyarrow, and ray[data]
-for `--engine ray`: the extra `ray`.
+Writes parquet files with a row an image: its source, its canvas in tiles or grid in patches, its features, or why it
+has none. What is in the folder already is not encoded again, so that an interrupted job goes on where it was. Needs
+pyarrow, and ray[data] for `--engine ray`: the extra `ray`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,24 +20,19 @@ from typing import Any
 import torch
 from rich.console import Console
 from tqdm import tqdm  # type: ignore[import-untyped]
-from vit_encoder import Llama4ImageSettings, Llama4VisionConfig
 
-from experiments.common import cli
-from experiments.dataset.encoder import EncoderSettings
+from experiments.common import cli, encoders
+from experiments.dataset.encoder import Settings
 from experiments.dataset.engines import ENGINES, Job
 from experiments.dataset.images import references
-from experiments.dataset.parts import Embedding, difference, read_embeddings, sources_done
+from experiments.dataset.parts import difference, read_embeddings, sources_done
 
 # Other batches are other sums: the rounding of float32, with a margin for the depth of the encoder.
 ALLOWED = 1e-4
-CONFIGS: dict[str, Callable[[], Llama4VisionConfig]] = {
-    "scout": Llama4VisionConfig.scout,
-    "tiny": Llama4VisionConfig.tiny,
-}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 EXAMPLES = """  %(prog)s --images 'photographs/**/*.jpg' --out embeddings --checkpoint Llama-4-Scout-17B-16E-Instruct
   %(prog)s --images 'shards/*.parquet' --out embeddings --checkpoint … --engine ray --actors 8 --device cuda
+  %(prog)s --images '*.png' --out embeddings --model qwen2_5_vl --checkpoint Qwen2.5-VL-7B-Instruct
   %(prog)s --images '*.png' --out /tmp/embeddings --config tiny --engine ray --compare
       also encodes them with the plain loop, and says how far the two differ and how fast each is
   %(prog)s --images '*.png' --out /tmp/embeddings --engine ray --compare --record experiments/results/local/ray.json
@@ -51,16 +45,38 @@ STATUSES = {
 
 @dataclass
 class Progress:
-    """What a job did, and when each image was done, in seconds from its start."""
+    """The number of images with an error, and when each image was done, in seconds from the start."""
 
     errors: int = 0
     seconds: list[float] = field(default_factory=list)
 
     def rate(self, part_images: int) -> float | None:
-        """Images a second after the first part, before which encoders were loaded; None where that was all."""
+        """Return images a second after the first part, which waits for the encoders; None where that was all."""
         rest = self.seconds[part_images:]
         elapsed = rest[-1] - self.seconds[part_images - 1] if rest else 0.0
         return len(rest) / elapsed if elapsed else None
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """The seconds of an engine, which include loading the encoders, and its rate without that."""
+
+    seconds: float
+    images_per_second: float | None
+    errors: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A comparison of two engines whose embeddings are equal up to a relative RMS difference."""
+
+    load_average: list[float]
+    images: int
+    weights: str
+    settings: dict[str, Any]
+    engines: dict[str, EngineReport]
+    largest_difference: float
+    allowed_difference: float = ALLOWED
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _check_record(options: argparse.Namespace) -> None:
-    """Refuse before the job what would be lost after it."""
+    """Refuse a --record that could not be written after the job."""
     if options.record is not None and not options.compare:
         raise ValueError("--record: got a file without --compare, expected both: a comparison is what it records")
     if options.record is not None and not options.record.parent.is_dir():
@@ -98,18 +114,13 @@ def _check_installed(engine: str) -> None:
 
 
 def _job(options: argparse.Namespace) -> tuple[Job, int]:
-    """The job, and how many images there are, those with a row included."""
+    """Return the job, and the number of all images, those that have a row included."""
     settings = _settings(options)
     found = references(options.images)
     options.out.mkdir(parents=True, exist_ok=True)
     done = sources_done(options.out)
-    todo = [reference for reference in found if reference["source"] not in done]
-    image_settings = Llama4ImageSettings(image_size=settings.config.image_size)
-    if options.checkpoint:
-        image_settings = Llama4ImageSettings.from_hf(options.checkpoint, image_size=settings.config.image_size)
-    image_settings = replace(image_settings, max_tiles=options.max_tiles or image_settings.max_tiles)
-    sizes = (options.tile_budget, options.part_images, options.actors)
-    return Job(todo, settings, options.out, image_settings, *sizes), len(found)
+    todo = [reference for reference in found if reference.source not in done]
+    return Job(todo, settings, options.out, options.budget, options.part_images, options.actors), len(found)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,31 +133,41 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--images", required=True, help="glob pattern of image files or parquet files, in quotes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the parquet files")
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--checkpoint", type=Path, help="folder with config.json and safetensors")
-    weights.add_argument("--config", choices=CONFIGS, default="scout", help="sizes of random weights (default: scout)")
+    encoders.add_options(parser)
     parser.add_argument("--engine", choices=("plain", "ray"), default="plain", help="default: %(default)s")
-    parser.add_argument("--actors", type=cli.positive, default=1, help="encoders, one an accelerator (default: 1)")
     parser.add_argument(
-        "--max-tiles", type=cli.positive, help="of a canvas (default: the checkpoint's, without one 16)"
+        "--actors", type=cli.positive, default=1, help="encoders, one for each accelerator (default: 1)"
     )
-    parser.add_argument("--tile-budget", type=cli.positive, default=34, help="most tiles a call (default: %(default)s)")
-    parser.add_argument("--part-images", type=cli.positive, default=64, help="images a file (default: %(default)s)")
+    budgets = ", ".join(f"{kind.budget} {kind.plural} of {name}" for name, kind in encoders.ENCODERS.items())
+    parser.add_argument("--budget", type=cli.positive, help=f"most tiles or patches of a batch (default: {budgets})")
+    parser.add_argument("--part-images", type=cli.positive, default=64, help="images in a file (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=encoders.DTYPES, default="float32", help="default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="compile the encoder as one graph")
     parser.add_argument("--compare", action="store_true", help="compare with the plain loop")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="of --compare, as JSON; where embeddings are equal")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write the comparison, where embeddings are equal")
     return parser
 
 
-def _settings(options: argparse.Namespace) -> EncoderSettings:
+def _settings(options: argparse.Namespace) -> Settings:
+    """Return the encoder's settings, and fill in the options' defaults that depend on it."""
+    kind = encoders.chosen(options)
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: got {options.device!r}, expected one that PyTorch can use: {error}") from error
-    config = Llama4VisionConfig.from_hf(options.checkpoint) if options.checkpoint else CONFIGS[options.config]()
-    return EncoderSettings(options.checkpoint, config, DTYPES[options.dtype], options.device, options.compile)
+    config = kind.config_of(options.checkpoint, options.config)
+    images, limit = kind.settings_of(options.checkpoint, config, getattr(options, kind.limit))
+    vars(options).update({kind.limit: limit, "budget": options.budget or kind.budget})
+    return Settings(
+        model=options.model,
+        checkpoint=options.checkpoint,
+        config=config,
+        images=images,
+        dtype=encoders.DTYPES[options.dtype],
+        device=options.device,
+        compiled=options.compile,
+    )
 
 
 def _run(engine: str, job: Job) -> Progress:
@@ -171,7 +192,7 @@ def _told(engine: str, job: Job, progress: Progress) -> str:
 
 
 def _compared(console: Console, options: argparse.Namespace, job: Job, progress: Progress) -> bool:
-    """Encode the same images with the plain loop too; whether both gave the same."""
+    """Encode the same images with the plain loop too, and return whether both gave the same."""
     with tempfile.TemporaryDirectory() as folder:
         beside = replace(job, out=Path(folder))
         plain = _run("plain", beside)
@@ -180,33 +201,25 @@ def _compared(console: Console, options: argparse.Namespace, job: Job, progress:
     worst = max(difference(found[source], embedding) for source, embedding in expected.items())
     console.print(f"largest relative RMS difference of an image's features: {worst:.1e} (allowed: {ALLOWED:.1e})")
     if worst <= ALLOWED and options.record is not None:
-        report = _report(options, job, list(expected.values()), {options.engine: progress, "plain loop": plain})
-        cli.write_json(options.record, report | {"largest_difference": worst})
+        runs = {options.engine: progress, "plain loop": plain}
+        report = _report(options, job, len(expected), runs, worst)
+        kind = job.settings.kind
+        units = {kind.plural: sum(kind.units(embedding.high, embedding.wide) for embedding in expected.values())}
+        cli.write_json(options.record, cli.result("encode_dataset", **units, **vars(report)))
         console.print(f"wrote {options.record}")
     return worst <= ALLOWED
 
 
-def _report(
-    options: argparse.Namespace, job: Job, embeddings: Sequence[Embedding], runs: dict[str, Progress]
-) -> dict[str, Any]:
-    canvases = [embedding.high * embedding.wide for embedding in embeddings]
-    return cli.result(
-        "encode_dataset",
+def _report(options: argparse.Namespace, job: Job, images: int, runs: dict[str, Progress], worst: float) -> Report:
+    names = ("model", "actors", "budget", job.settings.kind.limit, "part_images", "device", "dtype", "compile")
+    engines = {name: EngineReport(run.seconds[-1], run.rate(job.part_images), run.errors) for name, run in runs.items()}
+    return Report(
         load_average=[round(load, 2) for load in os.getloadavg()],
-        images=len(embeddings),
-        # A canvas of more than one tile has a global one too.
-        tiles=sum(tiles + (tiles > 1) for tiles in canvases),
+        images=images,
         weights=options.checkpoint.name if options.checkpoint else f"random, {options.config}",
-        settings={
-            name: getattr(options, name)
-            for name in ("actors", "tile_budget", "part_images", "device", "dtype", "compile")
-        }
-        | {"max_tiles": job.image_settings.max_tiles},
-        engines={
-            name: {"seconds": run.seconds[-1], "images_per_second": run.rate(job.part_images), "errors": run.errors}
-            for name, run in runs.items()
-        },
-        allowed_difference=ALLOWED,
+        settings={name: getattr(options, name) for name in names},
+        engines=engines,
+        largest_difference=worst,
     )
 
 

@@ -1,103 +1,114 @@
-"""An encoder that turns decoded images into rows of a folder, in batches filled by tiles: what every process runs."""
+"""What every process runs: an encoder that turns decoded images into rows of a folder, batch after batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from vit_encoder import CompilationConfig, Llama4VisionConfig, Llama4VisionModel, TiledImage, encode_images
+from vit_encoder import CompilationConfig
 
-from experiments.common.weights import random_encoder
+from experiments.common.encoders import ENCODERS, Encoder, Prepared
+from experiments.common.weights import VisionEncoder
+from experiments.dataset.images import Decoded
 from experiments.dataset.parts import Embedding, write_part
 
 
-@dataclass(frozen=True)
-class EncoderSettings:
-    """What makes an encoder, wherever it runs.
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What it takes to make an encoder, and to prepare its images, in any process.
 
-    Args:
-        checkpoint: folder of a Llama 4 checkpoint; None draws random weights of `config`.
-        config: of the random weights.
+    Attributes:
+        model: its name among `ENCODERS`.
+        checkpoint: the folder of its weights; None draws random ones for `config`.
+        config: its sizes.
+        images: the settings that images are prepared by.
         dtype, device: of the weights.
         compiled: whether it is compiled as one graph.
-        threads: of PyTorch on a CPU; None leaves them.
+        threads: how many PyTorch uses on a CPU; None leaves its own choice.
     """
 
+    model: str
     checkpoint: Path | None
-    config: Llama4VisionConfig
+    config: Any
+    images: Any
     dtype: torch.dtype
     device: str
     compiled: bool
     threads: int | None = None
 
-    def make(self) -> Llama4VisionModel:
-        """Load or draw the weights; raises what `Llama4VisionModel.from_pretrained` does."""
+    @property
+    def kind(self) -> Encoder:
+        """The encoder's entry among those that commands know."""
+        return ENCODERS[self.model]
+
+    def make(self) -> VisionEncoder:
+        """Make the encoder; raises what its entry's `make` does."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        if self.checkpoint is not None:
-            model = Llama4VisionModel.from_pretrained(self.checkpoint, dtype=self.dtype, device=self.device)
-        else:
-            model = random_encoder(self.config, dtype=self.dtype, device=torch.device(self.device))
+        model = self.kind.make(self.checkpoint, self.config, dtype=self.dtype, device=torch.device(self.device))
         model.compilation_config = CompilationConfig(compile_mm_encoder=self.compiled)
         return model
 
 
 class DatasetEncoder:
-    """Encodes rows as `decode` gives them and writes them as one part of a folder.
+    """Encodes decoded images and writes them as parts of a folder.
 
     Args:
         settings: of its one encoder.
-        folder: gets the parts.
-        tile_budget: most tiles of a call of the encoder; an image that has more goes alone.
+        folder: the folder that the parts are written to.
+        budget: the most tiles or patches of a batch; an image that has more makes a batch of its own.
     """
 
-    def __init__(self, settings: EncoderSettings, folder: Path, tile_budget: int) -> None:
+    def __init__(self, settings: Settings, folder: Path, budget: int) -> None:
+        self.settings = settings
         self.model = settings.make()
         self.folder = folder
-        self.tile_budget = tile_budget
+        self.budget = budget
+
+    def encode(self, images: Iterable[Decoded]) -> Iterator[list[Embedding]]:
+        """Give the rows of one part in order, those of a batch as soon as it is encoded, and then write the part."""
+        part: list[Embedding] = []
+        for batch in filled(images, self.budget):
+            part += (embeddings := self._encode_batch(batch))
+            yield embeddings
+        write_part(self.folder, part)
 
     @torch.inference_mode()
-    def encode(self, rows: Sequence[dict[str, Any]]) -> list[Embedding]:
-        """Features of each row, in order; an image that could not be decoded keeps its error."""
-        embeddings: list[Embedding] = []
-        for group in filled([len(row["pixel_values"]) for row in rows], self.tile_budget):
-            embeddings += self._encode_group([rows[index] for index in group])
-        write_part(self.folder, embeddings)
-        return embeddings
-
-    def _encode_group(self, rows: Sequence[dict[str, Any]]) -> list[Embedding]:
-        tiled = [
-            TiledImage(torch.from_numpy(np.asarray(row["pixel_values"], dtype=np.float32)), (row["high"], row["wide"]))
-            for row in rows
-            if not row["error"]
+    def _encode_batch(self, images: Sequence[Decoded]) -> list[Embedding]:
+        kind = self.settings.kind
+        # Ray hands arrays out that must not be written to, which PyTorch warns about.
+        prepared = [
+            Prepared(torch.from_numpy(np.array(image.pixel_values, np.float32)), image.high, image.wide)
+            for image in images
+            if not image.error
         ]
-        features = iter(encode_images(self.model, tiled) if tiled else [])
-        width = self.model.config.vision_output_dim
+        features = iter(kind.encode(self.model, prepared) if prepared else [])
+        nothing = np.zeros((0, kind.features(self.settings.config)), np.float32)
         return [
             Embedding(
-                str(row["source"]),
-                int(row["high"]),
-                int(row["wide"]),
-                np.zeros((0, width), np.float32) if row["error"] else next(features).float().cpu().numpy(),
-                str(row["error"]),
+                image.source,
+                image.high,
+                image.wide,
+                nothing if image.error else next(features).float().cpu().numpy(),
+                image.error,
             )
-            for row in rows
+            for image in images
         ]
 
 
-def filled(tile_counts: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Consecutive indices whose tiles fit into the budget together, each group as long as possible."""
-    group: list[int] = []
-    tiles = 0
-    for index, count in enumerate(tile_counts):
-        if group and tiles + count > budget:
-            yield group
-            group, tiles = [], 0
-        group.append(index)
-        tiles += count
-    if group:
-        yield group
+def filled(images: Iterable[Decoded], budget: int) -> Iterator[list[Decoded]]:
+    """Give batches of consecutive images that fit into the budget together, each as long as possible."""
+    batch: list[Decoded] = []
+    units = 0
+    for image in images:
+        if batch and units + len(image.pixel_values) > budget:
+            yield batch
+            batch, units = [], 0
+        batch.append(image)
+        units += len(image.pixel_values)
+    if batch:
+        yield batch

@@ -5,56 +5,53 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vit_encoder import Llama4ImageSettings
 
 from experiments.common import cli
-from experiments.dataset.encoder import DatasetEncoder, EncoderSettings
-from experiments.dataset.images import decode
+from experiments.dataset.encoder import DatasetEncoder, Settings
+from experiments.dataset.images import Decoded, Reference, decode
 
 
 @dataclass(frozen=True)
 class Job:
     """What is to be encoded, and how.
 
-    Args:
-        todo: references of images.
+    Attributes:
+        todo: the images.
         settings: of every encoder.
-        out: folder of the parts.
-        image_settings: what images are tiled by.
-        tile_budget: most tiles of a call.
-        part_images: images that are handed to an encoder, and written, at a time.
-        actors: encoders, where there can be several.
+        out: the folder of the parts.
+        budget: the most tiles or patches of a batch.
+        part_images: how many images are handed to an encoder, and written, at a time.
+        actors: the number of encoders, where there can be several.
     """
 
-    todo: Sequence[dict[str, Any]]
-    settings: EncoderSettings
+    todo: Sequence[Reference]
+    settings: Settings
     out: Path
-    image_settings: Llama4ImageSettings
-    tile_budget: int
+    budget: int
     part_images: int
     actors: int
 
-    @property
-    def decode(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        """Decodes and tiles the image of a reference."""
-        return functools.partial(decode, settings=self.image_settings)
+    def decode(self, reference: Reference) -> Decoded:
+        """Decode an image as the encoder takes it."""
+        return decode(reference, self.settings.model, self.settings.config, self.settings.images)
 
 
 def plain(job: Job) -> Iterator[str]:
-    """Encode part after part in this process; gives each image's error, "" where it has features."""
-    encoder = DatasetEncoder(job.settings, job.out, job.tile_budget)
+    """Encode part after part in this process, and give each image's error, or "", when its batch is done."""
+    encoder = DatasetEncoder(job.settings, job.out, job.budget)
     for first in range(0, len(job.todo), job.part_images):
         part = job.todo[first : first + job.part_images]
-        yield from (embedding.error for embedding in encoder.encode([job.decode(reference) for reference in part]))
+        for embeddings in encoder.encode(map(job.decode, part)):
+            yield from (embedding.error for embedding in embeddings)
 
 
 def with_ray(job: Job) -> Iterator[str]:
-    """Encode with Ray Data, images decoded by tasks beside the actors that encode them; gives each image's error.
+    """Encode with Ray Data, where tasks decode images beside the actors that encode them; gives what `plain` does.
 
     An actor has an accelerator of its own, or an equal share of the CPU cores but one. On a cluster that is running
     already (RAY_ADDRESS) every node must see the images and the folder.
@@ -64,15 +61,17 @@ def with_ray(job: Job) -> Iterator[str]:
     path = os.pathsep.join(filter(None, (str(cli.ROOT), os.environ.get("PYTHONPATH"))))
     ray.init(runtime_env={"env_vars": {"PYTHONPATH": path}}, include_dashboard=False, log_to_driver=False)
     try:
-        # The job has a bar of its own.
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        context = ray.data.DataContext.get_current()
+        # The job has a bar of its own. It moves with each batch: Ray hands a row on when its block is full, so at once.
+        context.enable_progress_bars = False
+        context.target_max_block_size = 1
         cores = max(1, int(ray.cluster_resources()["CPU"]) - 1)
         on_gpu = job.settings.device != "cpu"
         threads = None if on_gpu else max(1, cores // job.actors)
-        rows = ray.data.from_items(list(job.todo)).map(job.decode, num_cpus=0.5)
-        answers = rows.map_batches(
+        rows = ray.data.from_items([vars(reference) for reference in job.todo])
+        answers = rows.map(functools.partial(_decoded, job=replace(job, todo=())), num_cpus=0.5).map_batches(
             _Actor,
-            fn_constructor_args=(replace(job.settings, threads=threads), job.out.resolve(), job.tile_budget),
+            fn_constructor_args=(replace(job.settings, threads=threads), job.out.resolve(), job.budget),
             batch_size=job.part_images,
             compute=ray.data.ActorPoolStrategy(size=job.actors),
             num_gpus=1 if on_gpu else 0,
@@ -84,15 +83,23 @@ def with_ray(job: Job) -> Iterator[str]:
         ray.shutdown()
 
 
+def _decoded(row: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Decode a row of Ray's: it has the fields of a reference, and becomes one with those of the decoded image."""
+    return vars(job.decode(Reference(**row)))
+
+
 class _Actor:
     """One encoder of a pool."""
 
-    def __init__(self, settings: EncoderSettings, out: Path, tile_budget: int) -> None:
-        self.encoder = DatasetEncoder(settings, out, tile_budget)
+    def __init__(self, settings: Settings, out: Path, budget: int) -> None:
+        self.encoder = DatasetEncoder(settings, out, budget)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        rows = [{name: column[index] for name, column in batch.items()} for index in range(len(batch["source"]))]
-        return {"error": [embedding.error for embedding in self.encoder.encode(rows)]}
+    def __call__(self, part: dict[str, np.ndarray]) -> Iterator[dict[str, list[str]]]:
+        rows = zip(*(part[field.name] for field in fields(Decoded)), strict=True)
+        # Names, sizes and errors are of numpy's types.
+        images = (Decoded(str(name), x, int(high), int(wide), str(error)) for name, x, high, wide, error in rows)
+        for embeddings in self.encoder.encode(images):
+            yield {"error": [embedding.error for embedding in embeddings]}
 
 
 ENGINES: dict[str, Callable[[Job], Iterator[str]]] = {"plain": plain, "ray": with_ray}

@@ -1,4 +1,4 @@
-"""A folder of embeddings: parquet files that are each written whole, and what they hold already."""
+"""A folder of embeddings: parquet files that are each written whole, and reading what they hold."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Embedding:
-    """One image's row.
+    """The row of one image.
 
-    Args:
+    Attributes:
         source: its name.
-        high, wide: the canvas in tiles, (0, 0) where there is an error; one of more than one tile has a global one too.
+        high, wide: its canvas in tiles or its grid in patches, (0, 0) where there is an error.
         features: float32 [tokens, width].
         error: why there are none; "" otherwise.
     """
@@ -31,7 +31,7 @@ class Embedding:
 
 
 def write_part(folder: Path, embeddings: Sequence[Embedding]) -> Path:
-    """Write one file with these rows; a reader sees it whole or not at all, and the same rows give the same name."""
+    """Write one file with these rows: a reader sees it whole or not at all, and the same rows give the same name."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -69,10 +69,10 @@ def _schema() -> Any:
 
 
 def sources_done(folder: Path) -> set[str]:
-    """The names of the images that have a row already, with features or with an error.
+    """Return the names of the images that have a row already, with features or with an error.
 
     Raises:
-        ValueError: a part that is none of ours or damaged; it is named.
+        ValueError: a part is damaged or was not written by `write_part`; it is named.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -89,7 +89,7 @@ def sources_done(folder: Path) -> set[str]:
 
 
 def read_embeddings(folder: Path) -> dict[str, Embedding]:
-    """Every row of a folder by its source."""
+    """Read every row of a folder, by its source."""
     import pyarrow.parquet as pq
 
     found = {}
@@ -101,7 +101,7 @@ def read_embeddings(folder: Path) -> dict[str, Embedding]:
 
 
 def difference(actual: Embedding, expected: Embedding) -> float:
-    """RMS of the difference of their features, relative to the RMS of the expected; infinite where the rest differs."""
+    """Return the RMS of the features' difference over the RMS of the expected ones; infinite where the rest differs."""
     same = (actual.high, actual.wide, actual.error, actual.features.shape) == (
         expected.high, expected.wide, expected.error, expected.features.shape,
     )  # fmt: skip

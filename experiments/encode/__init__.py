@@ -1,1 +1,1 @@
-"""Is the compiled encoder right, one graph, and how fast? The main job: a photograph through an encoder."""
+"""Is the compiled encoder right, one graph, and how fast? The main job encodes a photograph."""

@@ -1,6 +1,6 @@
-"""A photograph through a vision encoder, eager and compiled: is it one graph, is it right, how fast is it.
+"""The main job: encode a photograph, eagerly and compiled, and say whether it is one graph, right, and how fast.
 
-The main job, for Llama 4 or Qwen2.5-VL. Prints how the image is cut and a table, and writes a JSON file and a figure.
+Prints how the image is cut and a table, and writes a JSON file and a figure.
 """
 
 from __future__ import annotations
@@ -11,36 +11,24 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from matplotlib.cbook import get_sample_data
 from torch import Tensor
-from torch._inductor.utils import fresh_cache
-from vit_encoder import (
-    CompilationConfig,
-    whole_graph,
-)
+from vit_encoder import CompilationConfig, whole_graph
 from vit_encoder.compilation import GraphReport
 from vit_encoder.compilation.config import DynamicShapes
 
-from experiments.common import cli
-from experiments.common.comparison import ALLOWED_EPS, Row, compare, first_line
-from experiments.common.measure import MAX_ROUNDS, MIN_ROUNDS, ROUND_SECONDS, Call, peak_memory, summary
-from experiments.common.weights import SEED
-from experiments.encode import llama4, qwen2_5_vl
+from experiments.common import cli, comparison, encoders
+from experiments.common.comparison import ALLOWED_EPS, compare, first_line
+from experiments.common.environment import environment
+from experiments.common.measure import MAX_ROUNDS, MIN_ROUNDS, ROUND_SECONDS, Call, empty_caches, peak_memory, spread
 from experiments.encode.figure import draw
-from experiments.encode.report import print_result, print_subject
-from experiments.encode.subject import Subject
-
-# The first of each is the default; the options are those that make sense for one encoder only.
-CONFIGS = {"llama4": list(llama4.CONFIGS), "qwen2_5_vl": list(qwen2_5_vl.CONFIGS)}
-FOREIGN_OPTIONS = {"llama4": ("max_pixels",), "qwen2_5_vl": ("max_tiles", "tile_counts")}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Names in torch.cpu.get_capabilities(): without one of them the products are emulated, at a quarter of float32's speed.
-FAST_WITH = {"bfloat16": ("amx_bf16", "avx512_bf16"), "float16": ("amx_fp16", "avx512_fp16")}
+from experiments.encode.report import print_result, print_task
+from experiments.encode.result import Graphs, Job, Result, Row
+from experiments.encode.subject import Subject, prepare
 
 EXAMPLES = """  %(prog)s
       the sample photograph as one tile through 34 layers of random weights
@@ -66,47 +54,27 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = cli.console()
     try:
-        subject = _prepare(options)
+        _check_writable(options.out)
+        device = _usable_device(options.device)
+        path = options.image or Path(get_sample_data("grace_hopper.jpg", asfileobj=False))
+        subject = prepare(options, device, path)
     except (OSError, TypeError, ValueError) as error:
         parser.error(_shortened(str(error)))
-    print_subject(console, subject.description)
-    with torch.inference_mode(), peak_memory(torch.device("cpu")) as job_memory:
-        result, features = _measure(options, subject)
-    seconds = time.perf_counter() - start
-    result |= {"job": {"seconds": seconds, "peak_bytes": job_memory.nbytes, "load_before": load}}
+    print_task(console, subject.task)
+    result, features = _measure(options, subject, start, load)
     print_result(console, result)
-    for path in _write(options.out, result, subject, features):
-        console.print(f"wrote {path}")
-    return 0 if result["right"] else 1
+    for written in _write(options.out, result, subject, features):
+        console.print(f"wrote {written}")
+    return int(bool(result.problems))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("python -m experiments.encode", __doc__, examples=EXAMPLES, statuses=STATUSES)
-    parser.add_argument("--model", choices=CONFIGS, default="llama4", help="which encoder (default: llama4)")
+    encoders.add_options(parser, lower_on_cpu=True)
     parser.add_argument("--image", type=Path, help="image file (default: matplotlib's sample photograph)")
-    parser.add_argument(
-        "--max-tiles",
-        type=cli.positive,
-        help="most tiles of the canvas (default: on a GPU the checkpoint's, without one 16; on a CPU 1)",
-    )
-    parser.add_argument(
-        "--max-pixels",
-        type=cli.positive,
-        help="most pixels of the resized image, for qwen2_5_vl (default: on a GPU the checkpoint's, without one 1280 "
-        "features'; on a CPU 256 features')",
-    )
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument(
-        "--checkpoint", type=Path, help=f"folder with config.json and safetensors (default: random, seed {SEED})"
-    )
-    weights.add_argument(
-        "--config",
-        choices=list(dict.fromkeys(name for names in CONFIGS.values() for name in names)),
-        help="sizes of random weights (default: scout, for qwen2_5_vl 7b)",
-    )
     parser.add_argument("--layers", type=cli.positive, help="use only the first layers (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--dtype", choices=encoders.DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--backend", choices=("inductor", "aot_eager", "eager"), default="inductor")
     parser.add_argument("--dynamic-shapes", choices=get_args(DynamicShapes), default="unbacked")
     parser.add_argument(
@@ -127,29 +95,6 @@ def _shortened(message: str) -> str:
     return "\n".join([*lines[:8], f"  ... and {len(lines) - 8} lines more"] if len(lines) > 9 else lines)
 
 
-def _prepare(options: argparse.Namespace) -> Subject:
-    _check_writable(options.out)
-    _check_options(options)
-    device = _usable_device(options.device)
-    dtype_name = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    path = options.image or Path(get_sample_data("grace_hopper.jpg", asfileobj=False))
-    prepare = {"llama4": llama4.prepare, "qwen2_5_vl": qwen2_5_vl.prepare}[options.model]
-    subject = prepare(options, DTYPES[dtype_name], device, path)
-    slow_dtype = device.type == "cpu" and not _is_fast(dtype_name)
-    around = {"model": options.model, "dtype": dtype_name, "device": str(device), "slow_dtype": slow_dtype}
-    return replace(subject, description=subject.description | around)
-
-
-def _check_options(options: argparse.Namespace) -> None:
-    """Fill in the default of --config, and refuse options that would be ignored."""
-    options.config = options.config or CONFIGS[options.model][0]
-    if options.config not in CONFIGS[options.model]:
-        raise ValueError(f"--config: got {options.config!r}, expected one of {', '.join(CONFIGS[options.model])}")
-    for name in FOREIGN_OPTIONS[options.model]:
-        if getattr(options, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')}: not for --model {options.model}")
-
-
 def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,95 +110,84 @@ def _usable_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _is_fast(dtype_name: str) -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return dtype_name == "float32" or any(capabilities.get(name) for name in FAST_WITH[dtype_name])
-
-
-def _measure(options: argparse.Namespace, subject: Subject) -> tuple[dict[str, Any], Tensor | None]:
-    """Everything that is computed, as the result without the job's own cost; and features to show."""
+def _measure(options: argparse.Namespace, subject: Subject, start: float, load: float) -> tuple[Result, Tensor | None]:
+    """Compute everything, and return the result and the features to show, where there are right ones."""
     compilation = CompilationConfig(
         compile_mm_encoder=True, backend=options.backend, dynamic_shapes=options.dynamic_shapes
     )
-    # Without compiled code of earlier runs, so that the first call's time means the same every time.
-    with fresh_cache():
+    with torch.inference_mode(), peak_memory(torch.device("cpu")) as memory:
         expected = subject.reference()
-        sweep = subject.sweep(compilation)
+        with empty_caches():
+            sweep = subject.sweep(compilation)
         known = {"compiled": sweep.problem} if sweep.problem else {}
-        rows, graphs, problem = _compare(subject, compilation, expected, options.repeats, known)
-    shown = next((row.features for row in rows if row.problem is None), None)
-    swept, sizes = subject.swept
-    content = {
-        **subject.description,
-        "compilation": {"backend": options.backend, "dynamic_shapes": options.dynamic_shapes},
-        "allowed_eps": ALLOWED_EPS,
-        "rows": [_describe_row(row, subject) for row in rows],
-        "graphs": asdict(graphs) | {"problem": problem},
-        swept: {swept: sizes} | asdict(sweep),
-        "right": not any([problem, sweep.problem, *(row.problem for row in rows)]),
-    }
-    return cli.result("compile_encoder", **content), shown
+        # The sweep may have compiled the same encoder. For versions of Dynamo that count a class's graphs, and not an
+        # instance's, the next one would be a recompilation; and the first call's time would not be that of compiling.
+        with empty_caches():
+            rows, graphs = _compare(subject, _calls(subject, compilation), expected, options.repeats, known)
+    result = Result(
+        **vars(subject.task),
+        environment=environment(),
+        compilation={"backend": options.backend, "dynamic_shapes": options.dynamic_shapes},
+        allowed_eps=ALLOWED_EPS,
+        rows=[_row(row, subject.parts) for row in rows],
+        graphs=graphs,
+        sweep=sweep,
+        job=Job(time.perf_counter() - start, memory.nbytes, load),
+    )
+    return result, next((row.features for row in rows if row.problem is None), None)
 
 
 def _compare(
-    subject: Subject,
-    compilation: CompilationConfig,
-    expected: Tensor,
-    rounds: int | None,
-    known_problems: dict[str, str],
-) -> tuple[list[Row], GraphReport, str | None]:
-    calls = _calls(subject, compilation)
+    subject: Subject, calls: dict[str, Call], expected: Tensor, rounds: int | None, known: dict[str, str]
+) -> tuple[list[comparison.Row], Graphs]:
     baseline = "transformers" if "transformers" in calls else "eager"
-    rows: list[Row] = []
-    report = GraphReport()
-    problem: str | None = None
+    rows: list[comparison.Row] = []
+    report, problem = GraphReport(), None
     try:
         with whole_graph() as report:
             rows = compare(
-                calls,
-                expected,
-                baseline=baseline,
-                device=subject.device,
-                rounds=rounds,
-                known_problems=known_problems,
+                calls, expected, baseline=baseline, device=subject.device, rounds=rounds, known_problems=known
             )
     except AssertionError as error:
         problem = first_line(error)
-    return rows, report, problem
+    return sorted(rows, key=lambda row: row.name != "eager"), Graphs(**vars(report), problem=problem)
 
 
 def _calls(subject: Subject, compilation: CompilationConfig) -> dict[str, Call]:
-    """The forms that are compared; all of them use the same weights, in the same memory."""
+    """Return the forms that are compared, with the same weights in the same memory, in the order of their first calls.
+
+    The compiled one comes first, while the kernels that it shares with the eager one are not compiled either.
+    """
 
     def own(config: CompilationConfig | None) -> Tensor:
         subject.model.compilation_config = config
         features: Tensor = subject.model(*subject.inputs)
         return features
 
-    calls: dict[str, Call] = {"eager": lambda: own(None), "compiled": lambda: own(compilation)}
+    calls: dict[str, Call] = {"compiled": lambda: own(compilation), "eager": lambda: own(None)}
     if subject.peer is not None:
         calls["transformers"] = subject.peer
     return calls
 
 
-def _describe_row(row: Row, subject: Subject) -> dict[str, Any]:
+def _row(row: comparison.Row, parts: int) -> Row:
     seconds = row.timing.seconds
-    return {
-        "name": row.name,
-        "problem": row.problem,
+    return Row(
+        row.name,
+        row.problem,
         # JSON has no NaN; the problem says it.
-        "error": asdict(row.error) if row.error and math.isfinite(row.error.maximum) else None,
-        "first_call_seconds": row.first_call_seconds if row.problem is None else None,
-        f"seconds_per_{subject.part}": summary([s / subject.parts for s in seconds]) if seconds else None,
-        "peak_bytes": row.timing.peak.nbytes,
-    }
+        row.error if row.error and math.isfinite(row.error.maximum) else None,
+        row.first_call_seconds if row.problem is None else None,
+        spread([second / parts for second in seconds]) if seconds else None,
+        row.timing.peak.nbytes,
+    )
 
 
-def _write(folder: Path, result: dict[str, Any], subject: Subject, features: Tensor | None) -> list[Path]:
-    encoder = result["encoder"]
-    stem = f"compile_encoder-{encoder['config']}-{encoder['num_hidden_layers']}-{subject.device.type}-{result['dtype']}"
+def _write(folder: Path, result: Result, subject: Subject, features: Tensor | None) -> list[Path]:
+    layers = result.encoder.sizes["num_hidden_layers"]
+    stem = f"compile_encoder-{result.encoder.config}-{layers}-{subject.device.type}-{result.dtype}"
     data, figure = folder / f"{stem}.json", folder / f"{stem}.png"
-    cli.write_json(data, result)
+    cli.write_json(data, result.described())
     draw(result, subject.inputs[0], features, figure)
     return [data, figure]
 

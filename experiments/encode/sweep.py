@@ -1,34 +1,17 @@
-"""The proof that one graph serves batches of every size."""
+"""The check that one graph serves batches of every size."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from vit_encoder import CompilationConfig, whole_graph
-from vit_encoder.compilation import GraphReport
 
 from experiments.common.comparison import ALLOWED_EPS, first_line, relative_error
 from experiments.common.weights import VisionEncoder
-
-
-@dataclass
-class Sweep:
-    """What calls with batches of several sizes saw; `problem` says what was not as it must be.
-
-    Attributes:
-        layers, hidden_size: of the encoder that was called.
-        deviation: largest relative RMS difference between the compiled and the eager features, of those allowed.
-    """
-
-    layers: int
-    hidden_size: int
-    graphs: GraphReport = field(default_factory=GraphReport)
-    deviation: float = 0.0
-    problem: str | None = None
+from experiments.encode.result import Sweep
 
 
 @torch.inference_mode()
@@ -40,13 +23,12 @@ def sweep_batches(
 ) -> Sweep:
     """Call a compiled encoder with each batch in turn, and compare it with itself eager.
 
-    Forgets everything that was compiled before: Dynamo would count it as a recompilation.
-
     Args:
-        batches: what each is, for a message, and the encoder's inputs.
-        sweep: to be filled, and returned.
+        model: the encoder.
+        batches: the name of each, for a message, and the encoder's inputs.
+        compilation_config: how the encoder is compiled.
+        sweep: the outcome, which is filled and returned.
     """
-    torch.compiler.reset()
     try:
         with whole_graph() as sweep.graphs:
             for name, inputs in tqdm(batches, desc="sizes", unit="call", mininterval=1):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.encode.report import BUSY, encoder_text, header, notes, table_rows
+from experiments.encode.result import result_of
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def _microbenchmarks(results: dict[str, Any]) -> str:
     return f"## Microbenchmarks\n\n{text}\n\n{_table(header, rows)}"
 
 
-def _main_job(result: dict[str, Any]) -> str:
+def _main_job(described: dict[str, Any]) -> str:
+    result = result_of(described)
     said = "\n".join(f"- {line}" for line in notes(result))
     return f"## Main job\n\n{encoder_text(result)}\n\n{_table(header(result), table_rows(result))}\n\n{said}"
 

@@ -1,4 +1,4 @@
-"""Every kernel compiled for five GPU targets that need not be there: what the compiler made of it, and what it does.
+"""Compile every kernel for five GPUs, none of which need be present, and report the code and the work it does.
 
 Prints a table and writes a JSON file and a figure. Nothing is run on a GPU or timed: times are a model's predictions.
 """
@@ -153,7 +153,7 @@ def _row(case: Case, compiled: Compiled | str, counts: OperationCounts | None) -
 
 
 def _figures(case: Case, kernel: Kernel, compiled: Compiled, counts: OperationCounts | None) -> Figures:
-    """Ratios counted on the interpreted problem, and the roofline of the whole one."""
+    """Return ratios that are counted on the interpreted problem, and the roofline model of the whole one."""
     if counts is None:
         return Figures(**vars(compiled))
     whole = Problem(case.head_dim, case.dtype)
@@ -194,7 +194,7 @@ def _comparable_report() -> Report:
 
 
 def _earlier_report(options: argparse.Namespace) -> Report | None:
-    """The report whose other rows are kept: those of kernels that were not selected or are not installed here."""
+    """Read the report whose other rows are kept: of kernels that were not selected or are not installed here."""
     path = options.out / COMMITTED.name
     if not path.exists():
         return None
@@ -207,7 +207,7 @@ def _earlier_report(options: argparse.Namespace) -> Report | None:
 
 
 def _kept(earlier: Report | None, rows: list[Row], defaults_only: bool) -> list[Row]:
-    """Rows of the earlier report that were not to be made anew."""
+    """Return the rows of the earlier report that were not to be made anew."""
     again = {(_group(row), default) for row in rows for default in ((True,) if defaults_only else (True, False))}
     return [row for row in earlier.rows if (_group(row), row.default) not in again] if earlier else []
 

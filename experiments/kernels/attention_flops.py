@@ -1,4 +1,4 @@
-"""Matrix FLOPs that attention issues, padding included, over those that its sequences have: ours beside peers'.
+"""Report the matrix FLOPs that attention issues, padding included, over the useful ones: ours beside peers'.
 
 Triton's kernels are run by the corrected interpreter, which counts them; what comes compiled, or is chosen by PyTorch
 on a GPU, is a model of its tiles. Nothing is run on a GPU or timed. Peers are in the table where they are installed.
@@ -46,7 +46,7 @@ Count = Callable[[Lengths, int], "OperationCounts"]
 
 @dataclass(frozen=True)
 class Workload:
-    """Layers of attention: how many of a kind, and the lengths of the packed sequences that the kind sees."""
+    """Layers of attention: how many there are of each kind, and the lengths of the packed sequences that they see."""
 
     name: str
     head_dim: int
@@ -54,18 +54,18 @@ class Workload:
 
     @property
     def useful_flops(self) -> int:
-        """Matrix FLOPs of one head."""
+        """Return the matrix FLOPs of one head."""
         return sum(4 * count * length**2 * self.head_dim for count, lengths in self.layers for length in lengths)
 
     @property
     def compulsory_bytes(self) -> int:
-        """q, k, v and the output of one head."""
+        """Return the bytes of q, k, v and the output of one head."""
         return sum(8 * count * sum(lengths) * self.head_dim for count, lengths in self.layers)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One implementation.
+    """An implementation of attention.
 
     Attributes:
         name: in the table.
@@ -108,14 +108,14 @@ def _lengths(cu_seqlens: Tensor) -> Lengths:
 
 
 def _packed(lengths: Lengths, head_dim: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """q, k, v [tokens, 1, head_dim] and cu_seqlens; what is counted does not depend on the values."""
+    """Return q, k, v [tokens, 1, head_dim] and cu_seqlens; what is counted does not depend on the values."""
     qkv = torch.zeros(sum(lengths), 3, 1, head_dim, dtype=torch.bfloat16).unbind(1)
     return qkv, torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
 
 
 @functools.cache
 def ours(lengths: Lengths, head_dim: int) -> OperationCounts:
-    """`varlen_attention`."""
+    """Count the work of `varlen_attention`."""
     from vit_kernels import force_impl, varlen_attention
     from vit_kernels.testing import corrected_interpreter
 
@@ -127,7 +127,7 @@ def ours(lengths: Lengths, head_dim: int) -> OperationCounts:
 
 @functools.cache
 def vllm_prefill(lengths: Lengths, head_dim: int) -> OperationCounts:
-    """vLLM's Triton kernel for encoders."""
+    """Count the work of vLLM's Triton kernel for encoders."""
     from vit_kernels.testing import corrected_interpreter
 
     from experiments.kernels.registry import PEERS
@@ -162,12 +162,12 @@ ATTENTIONS = (
 
 
 def installed() -> list[Attention]:
-    """Those whose module can be imported, and those that need none."""
+    """Return the implementations whose module can be imported, and those that need none."""
     return [a for a in ATTENTIONS if a.module is None or importlib.util.find_spec(a.module.partition(".")[0])]
 
 
 def row(workload: Workload, attention: Attention) -> dict[str, Any]:
-    """The figures of one implementation on one workload."""
+    """Return the figures of one implementation on one workload."""
     counts = [attention.count(lengths, workload.head_dim) for _, lengths in workload.layers]
     times = [times for times, _ in workload.layers]
     issued = sum(n * count.dot_flops for n, count in zip(times, counts, strict=True))
@@ -188,7 +188,7 @@ def row(workload: Workload, attention: Attention) -> dict[str, Any]:
 
 
 def _microseconds(gpu: roofline.Gpu, workload: Workload, counts: list[OperationCounts]) -> list[float]:
-    """The model's least and most, of all heads, one kind of layer after the other."""
+    """Return the model's least and most time of all heads, one kind of layer after the other."""
     total = torch.zeros(2, dtype=torch.float64)
     for (times, lengths), count in zip(workload.layers, counts, strict=True):
         alone = Workload(workload.name, workload.head_dim, ((1, lengths),))

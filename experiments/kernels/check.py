@@ -1,4 +1,4 @@
-"""Whether the figures of the kernel report got worse.
+"""Check whether the figures of the kernel report got worse.
 
 The rule: of every row that was made again, no figure may be worse than the committed one by anything at all, because
 the same compiler makes the same code of the same source. A wanted trade (a few registers for fewer instructions) is
@@ -21,14 +21,14 @@ from experiments.kernels.row import Figures, Row, row_of
 
 @dataclass(frozen=True)
 class Report:
-    """What is read of a report: the version of Triton that compiled it, and its rows."""
+    """A kernel report: the version of Triton that compiled it, and its rows."""
 
     triton: str
     rows: list[Row]
 
 
 def _narrowest(figures: Figures) -> int:
-    """Bytes a lane of the narrowest load or asynchronous copy in the main loop."""
+    """Return the bytes a lane of the narrowest load or asynchronous copy in the main loop."""
     return min(map(int, (*figures.loads, *figures.async_copies)), default=0)
 
 
@@ -51,12 +51,12 @@ MORE_IS_BETTER: dict[str, Callable[[Figures], Any]] = {
 
 
 def kinds_of(opcodes: Iterable[str]) -> set[str]:
-    """The kinds of matrix instructions: HMMA, HGMMA, UTCHMMA, v_mfma."""
+    """Return the kinds of matrix instructions: HMMA, HGMMA, UTCHMMA, v_mfma."""
     return {re.split(r"[.]|_f\d", opcode)[0] for opcode in opcodes}
 
 
 def regressions(committed: Sequence[Row], made: Sequence[Row]) -> list[str]:
-    """A line for each figure of `made` that is worse than in `committed`, and for each row that is not there."""
+    """Return a line for each figure of `made` that is worse than in `committed`, and for each row missing there."""
     known = {row.key: row for row in committed}
     lines = []
     for row in made:
@@ -83,11 +83,11 @@ def _worse(before: Figures, now: Figures) -> list[str]:
 
 
 def read_report(path: Path) -> Report:
-    """A report that `experiments.kernels` wrote.
+    """Read a report that `experiments.kernels` wrote.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no such report.
+        OSError: the file cannot be read.
+        ValueError: the file is no such report.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))

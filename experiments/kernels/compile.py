@@ -45,11 +45,11 @@ class Case:
 
     @property
     def key(self) -> str:
-        """Names its row."""
+        """The name of its row."""
         return key_of(self.kernel, self.dtype, self.head_dim, self.target, dict(self.configuration))
 
     def blocks(self) -> tuple[Any, ...]:
-        """Equal for cases that do the same work when interpreted."""
+        """What is equal for cases that do the same work when interpreted."""
         kept = tuple(item for item in self.configuration if item[0] not in _OPTIONS)
         return self.kernel, self.dtype, self.head_dim, kept
 
@@ -57,7 +57,7 @@ class Case:
 def cases_of(
     kernel: Kernel, dtypes: Sequence[str], head_dims: Sequence[int], targets: Sequence[str], *, defaults_only: bool
 ) -> list[Case]:
-    """Every row of a kernel; those of the default configurations only, if so wanted."""
+    """Return the case of every row of a kernel, or only of those with the default configurations."""
     return [
         Case(kernel.name, dtype, head_dim, target, tuple(sorted((configuration or {}).items())), default=i == 0)
         for dtype in dtypes
@@ -74,7 +74,7 @@ def run_all(
     """Call a function with every case in `jobs` processes that interpret, or compile, Triton's kernels.
 
     Raises:
-        RuntimeError: a process died, such as by an assertion in a compiler; names what was in work.
+        RuntimeError: a process died, such as by an assertion in a compiler; the message names its case.
     """
     results: dict[Case, Result] = {}
     context = multiprocessing.get_context("spawn")
@@ -102,7 +102,7 @@ def run_all(
 
 @contextlib.contextmanager
 def _launcher(kernel: Kernel) -> Iterator[Callable[..., Any]]:
-    """The launcher, with all but one of the kernels that it launches silenced."""
+    """Return the launcher, with all but one of the kernels that it launches silenced."""
     module, launch = kernel.load()
     with (
         mock.patch.multiple(module, **{name: mock.MagicMock() for name in kernel.silenced})
@@ -113,7 +113,7 @@ def _launcher(kernel: Kernel) -> Iterator[Callable[..., Any]]:
 
 
 def compile_case(case: Case) -> Compiled | str:
-    """What the compiler made of a case, or why it does not compile."""
+    """Compile a case, and return the compiler's figures or why it does not compile."""
     from triton import CompilationError
     from vit_kernels.inspection import compile_launch
 
@@ -129,14 +129,14 @@ def compile_case(case: Case) -> Compiled | str:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """Triton wraps an error once for every function that the kernel was in."""
+    """Return the error that others wrap: Triton wraps it once for every function that the kernel was in."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def compiled_of(report: Any, kernel: Kernel) -> Compiled:
-    """The report's figures of a `KernelReport`."""
+    """Return the report's figures of a `KernelReport`."""
     loop = report.main_loop
     where = loop or report.instructions
     dots = report.dot_loops[0] if loop and loop.matrix and report.dot_loops else None
@@ -168,7 +168,7 @@ def _widths(counts: Any) -> dict[str, int]:
 
 
 def interpret_case(case: Case) -> OperationCounts | None:
-    """What a case does, counted by the interpreter; None where the interpreter cannot run a peer's kernel."""
+    """Count what a case does by the interpreter; None where the interpreter cannot run a peer's kernel."""
     from triton.runtime.errors import InterpreterError
     from vit_kernels.testing import corrected_interpreter
 

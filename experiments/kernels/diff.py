@@ -1,4 +1,4 @@
-"""What differs between two kernel reports, better or worse, such as those of two versions of Triton."""
+"""Print what differs between two kernel reports, better or worse, such as those of two versions of Triton."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FIGURES = FEWER_IS_BETTER | MORE_IS_BETTER
 
 
 def differences(before: Sequence[Row], after: Sequence[Row]) -> list[tuple[str, str]]:
-    """(row, the figures that differ) of the rows in both reports."""
+    """Return each row that is in both reports and differs, with the figures that do."""
     known = {row.key: row for row in before}
     found = []
     for row in after:

@@ -1,4 +1,4 @@
-"""The kernel report's figure: default configurations in bf16."""
+"""The figure of the kernel report, which shows the default configurations in bf16."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw the figure into a PNG file; a panel without rows stays empty.
 
     Args:
-        rows: of the report.
-        path: of the file.
+        rows: the rows of the report.
+        path: the path of the file.
     """
     shown = [(row, row.figures) for row in rows if row.default and row.dtype == "bfloat16" and row.figures]
     figure = Figure(figsize=(14, 10), layout="constrained")
@@ -44,7 +44,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def _draw_work(axes: Axes, shown: Shown) -> None:
-    """Issued over useful FLOPs by head_dim, one line a kernel."""
+    """Draw issued over useful FLOPs by head_dim, with a line for each kernel."""
     points = [
         (row.kernel, row.head_dim, of.flops_issued_over_useful)
         for row, of in shown
@@ -63,7 +63,7 @@ def _draw_work(axes: Axes, shown: Shown) -> None:
 def _draw_by_target(
     axes: Axes, shown: Shown, read: Callable[[Figures], float | None], title: str, *, blocks: bool = False
 ) -> None:
-    """A figure of attention's rows as bars, by head_dim and target; the peer's as a line across its bar."""
+    """Draw a figure of attention's rows as bars, by head_dim and target, and the peer's as a line across its bar."""
     head_dims = sorted({row.head_dim for row, _ in shown})
     width = 0.8 / len(COLOURS)
     for row, of in shown:
@@ -86,7 +86,7 @@ def _draw_by_target(
 
 
 def _draw_roofline(axes: Axes, shown: Shown) -> None:
-    """The model's intervals at Llama 4's head_dim: a group a kernel, a bar a GPU."""
+    """Draw the model's intervals at Llama 4's head_dim, a group for each kernel and a bar for each GPU."""
     shown = [(row, of) for row, of in shown if row.head_dim == HEAD_DIM and of.roofline_us]
     kernels = list(dict.fromkeys(row.kernel for row, _ in shown))
     height = 0.8 / len(GPUS)

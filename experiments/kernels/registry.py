@@ -1,4 +1,4 @@
-"""The kernels that the kernel report compiles: ours, and those of installed peers. One entry a kernel."""
+"""The kernels that the kernel report compiles, ours and those of installed peers, with an entry for each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Problem:
-    """Tiles of Llama 4's 577 tokens, with `heads` heads of `head_dim`: what a kernel is compiled for, or run on."""
+    """Tiles of Llama 4's 577 tokens with `heads` heads of `head_dim`, which a kernel is compiled for or run on."""
 
     head_dim: int
     dtype: str
@@ -35,44 +35,44 @@ class Problem:
 
     @property
     def tokens(self) -> int:
-        """Of all tiles."""
+        """The tokens of all tiles."""
         return self.tiles * self.positions
 
     @property
     def width(self) -> int:
-        """Channels of a token."""
+        """The channels of a token."""
         return self.heads * self.head_dim
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element."""
+        """The bytes of an element."""
         return getattr(torch, self.dtype).itemsize
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of one of q, k, v or the output: [tokens, heads, head_dim]."""
+        """The bytes of one of q, k, v or the output: [tokens, heads, head_dim]."""
         return self.tokens * self.width * self.itemsize
 
     def tensor(self, *shape: int, dtype: str | None = None) -> Tensor:
-        """Zeros: what is counted does not depend on the values."""
+        """Return zeros, since what is counted does not depend on the values."""
         return torch.zeros(shape, dtype=getattr(torch, dtype or self.dtype), device=self.device)
 
     def qkv(self) -> tuple[Tensor, ...]:
-        """q, k and v [tokens, heads, head_dim] as views of a packed projection."""
+        """Return q, k and v [tokens, heads, head_dim] as views of a packed projection."""
         return self.tensor(self.tokens, 3, self.heads, self.head_dim).unbind(1)
 
     def cu_seqlens(self) -> Tensor:
-        """Where the tiles begin, and the end."""
+        """Return where each tile begins, and the last one ends."""
         starts = torch.arange(0, self.tokens + 1, self.positions, dtype=torch.int32)
         return starts.to(self.device)
 
     def rotary_table(self) -> Tensor:
-        """cos or sin, fp32 [positions, head_dim // 2]."""
+        """Return cos or sin, fp32 [positions, head_dim // 2]."""
         return self.tensor(self.positions, self.head_dim // 2, dtype="float32")
 
     @property
     def table_bytes(self) -> int:
-        """Of both rotary tables."""
+        """The bytes of both rotary tables."""
         return 2 * self.positions * self.head_dim // 2 * 4
 
 
@@ -109,23 +109,23 @@ class Kernel:
     prepare: Callable[[], None] = lambda: None
 
     def interpreted_problem(self, head_dim: int, dtype: str) -> Problem:
-        """One tile, or less, on the CPU."""
+        """Return the problem that is interpreted: one tile, or less, on the CPU."""
         return Problem(head_dim, dtype, tiles=1, heads=self.heads, positions=self.positions, device="cpu")
 
     def load(self) -> tuple[ModuleType, Callable[..., Any]]:
-        """Import the launcher: its module, and the function."""
+        """Import the launcher, and return its module and the function."""
         self.prepare()
         module_name, _, function = self.launcher.partition(":")
         module = importlib.import_module(module_name)
         return module, getattr(module, function)
 
     def candidates(self, head_dim: int, dtype: str, target: str) -> list[Configuration | None]:
-        """What it is compiled with for a target, the default first."""
+        """Return the configurations that it is compiled with for a target, the default first."""
         return [*self.configurations(head_dim, dtype, target)] if self.configurations else [None]
 
 
 def _attention_flops(products: int) -> Callable[[Problem], int]:
-    """`products` matrix products of [577, 577, head_dim] a tile and head."""
+    """Return the FLOPs of `products` matrix products of [577, 577, head_dim] for each tile and head."""
     return lambda problem: products * 2 * problem.positions**2 * problem.width * problem.tiles
 
 
@@ -379,12 +379,12 @@ PEERS = (
 
 
 def installed_peers() -> tuple[Kernel, ...]:
-    """Those of PEERS whose package can be imported."""
+    """Return those of PEERS whose package can be imported."""
     return tuple(kernel for kernel in PEERS if importlib.util.find_spec(kernel.launcher.partition(".")[0]))
 
 
 def version_of(package: str) -> str:
-    """Of the distribution, or of its build for CPUs."""
+    """Return the version of the distribution, or of its build for CPUs."""
     for name in (package, f"{package}-cpu"):
         try:
             return metadata.version(name)

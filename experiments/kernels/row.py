@@ -1,4 +1,4 @@
-"""A row of the kernel report: a kernel for one dtype, head_dim and target in one configuration, and its figures."""
+"""The rows of the kernel report: a kernel for one dtype, head_dim and target in one configuration, and its figures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What the compiler made of a kernel.
+    """The compiler's figures of a kernel.
 
     Attributes:
         matrix: opcodes of the matrix instructions of the main loop, or of a kernel without one.
@@ -43,7 +43,7 @@ class Compiled:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures(Compiled):
-    """That, and the work of the kernel; None and nothing where the interpreter cannot run it.
+    """The compiler's figures, and the work of the kernel: None and empty where the interpreter cannot run it.
 
     Attributes:
         roofline_us: lower and upper microseconds of the whole problem, by GPU.
@@ -56,7 +56,7 @@ class Figures(Compiled):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row; `figures` is None where the kernel does not compile, which `error` then says.
+    """A row; `figures` is None where the kernel does not compile, and `error` then says why.
 
     Attributes:
         package: the kernel's distribution and its version.
@@ -76,17 +76,17 @@ class Row:
 
     @property
     def key(self) -> str:
-        """What names it."""
+        """The name of the row."""
         return key_of(self.kernel, self.dtype, self.head_dim, self.target, self.configuration)
 
     def described(self) -> dict[str, Any]:
-        """The row as the report has it, its figures beside what names it."""
+        """Return the row as the report has it, its figures beside what names it."""
         named = {name: value for name, value in vars(self).items() if name != "figures"}
         return named | (vars(self.figures) if self.figures else {})
 
 
 def row_of(described: Mapping[str, Any]) -> Row:
-    """The row that was described so.
+    """Return the row that a report describes.
 
     Raises:
         KeyError: something is missing.
@@ -97,6 +97,6 @@ def row_of(described: Mapping[str, Any]) -> Row:
 
 
 def key_of(kernel: str, dtype: str, head_dim: int, target: str, configuration: Mapping[str, Any]) -> str:
-    """What names a row of the report."""
+    """Return the name of a row of the report."""
     values = " ".join(f"{name}={value}" for name, value in sorted(configuration.items()))
     return f"{kernel}, {dtype}, head_dim {head_dim}, {target}, {values or 'its own'}"

@@ -1,4 +1,4 @@
-"""The kernel report as text."""
+"""The text of the kernel report."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def print_report(console: Console, rows: Sequence[Row], notes: Sequence[str]) ->
 
 
 def cells(row: Row) -> list[str]:
-    """The cells of one row, under COLUMNS; the default configuration has a star."""
+    """Return the cells of one row, under COLUMNS; the default configuration has a star."""
     named = [_SHORT[row.dtype], str(row.head_dim), row.target, _configuration(row)]
     if (of := row.figures) is None:
         return [*named, f"[red]{row.error}[/red]", *[""] * (len(COLUMNS) - 5)]

@@ -39,7 +39,7 @@ HEAD_DIMS = (88, 80, 64, 72, 96, 128)
 DTYPES = ("bfloat16", "float16", "float32")
 ROUNDS = 5
 CHOSEN = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-"""What tells the kept configurations of a kernel apart, and is stored; the rest follows from head_dim and dtype."""
+"""The fields that tell the kept configurations of a kernel apart and are stored; head_dim and dtype decide the rest."""
 
 EXAMPLES = """  %(prog)s
       everything, stored beside the kernels (or in the folder that VIT_KERNELS_TUNED names)
@@ -59,7 +59,7 @@ Configuration = dict[str, Any]
 
 
 class Case(NamedTuple):
-    """A kernel for one head_dim and dtype: what has a tuned configuration of its own."""
+    """A kernel for one head_dim and dtype, which has a tuned configuration of its own."""
 
     kernel: str
     head_dim: int
@@ -67,13 +67,13 @@ class Case(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name of the case within its kernel in the file."""
+        """The name of the case within its kernel, in the file."""
         return f"{self.head_dim} {self.dtype}"
 
 
 @dataclass
 class Attempt:
-    """One configuration of a case: its seconds, or why it has none. One that only `lacks` resources is not wrong."""
+    """A configuration of a case: its seconds, or why it has none. One that only `lacks` resources is not wrong."""
 
     configuration: Configuration
     problem: str | None = None
@@ -104,7 +104,7 @@ class Attention:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Tune, and return the exit status."""
+    """Tune the kernels, and return the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
     console = cli.console()
@@ -130,12 +130,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def cases(kernels: Sequence[str], head_dims: Sequence[int], dtypes: Sequence[str]) -> list[Case]:
-    """Every combination; those that share inputs are neighbours."""
+    """Return every combination, with those that share inputs as neighbours."""
     return [Case(kernel, head_dim, dtype) for dtype in dtypes for head_dim in head_dims for kernel in kernels]
 
 
 def current_target() -> str:
-    """The current GPU as the kept configurations name it: "sm_90", "gfx942" and their like."""
+    """Return the current GPU as the kept configurations name it: "sm_90", "gfx942" and their like."""
     import triton
 
     target = triton.runtime.driver.active.get_current_target()
@@ -143,14 +143,14 @@ def current_target() -> str:
 
 
 def interpreted() -> bool:
-    """Whether kernels would run through Triton's interpreter."""
+    """Return whether kernels would run in Triton's interpreter."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)
 
 
 def kept(case: Case, target: str) -> list[Configuration]:
-    """The configurations to choose from, the default first."""
+    """Return the configurations to choose from, the default first."""
     from vit_kernels._triton.configurations import candidates
 
     return candidates(case.kernel, case.head_dim, getattr(torch, case.dtype), target)
@@ -198,7 +198,7 @@ def problem(head_dim: int) -> tuple[int, int, int, int]:
 def prepare(
     sequences: int, length: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> Attention:
-    """Random inputs, and the results to judge by: an fp64 reference's, and PyTorch's in `dtype`."""
+    """Return random inputs, and the results to judge by: an fp64 reference's, and PyTorch's in `dtype`."""
     tokens = sequences * length
     q, k, v = seeded_tensor((tokens, 3, heads, head_dim), dtype, seed=0).to(device).unbind(1)
     grad = seeded_tensor((tokens, heads, head_dim), dtype, seed=1).to(device)
@@ -243,7 +243,7 @@ def measure(
 
 
 def launch(case: Case, configuration: Configuration, attention: Attention, target: str) -> tuple[Tensor, ...]:
-    """The kernel in this configuration; for a gradient the whole backward pass, its other kernel in its default."""
+    """Run the kernel in this configuration; for a gradient the whole backward pass, its other kernel in its default."""
     from vit_kernels._triton import varlen_attention as forward
     from vit_kernels._triton import varlen_attention_backward as backward
 
@@ -283,16 +283,16 @@ def judge(
 
 
 def fastest(attempts: Iterable[Attempt]) -> Attempt | None:
-    """The right attempt of the lowest median; of equal ones the earliest, so that the default stays. None if none is.
+    """Return the attempt of the lowest median, or None where none is right.
 
-    A problem excludes an attempt whatever its seconds are.
+    Of equal ones the earliest is taken, so that the default stays. A problem excludes an attempt whatever its seconds.
     """
     right = [attempt for attempt in attempts if attempt.problem is None and attempt.seconds]
     return min(right, key=lambda attempt: statistics.median(attempt.seconds), default=None)
 
 
 def read(path: Path, target: str) -> dict[str, Any]:
-    """The file's content, or {} where there is none or it was tuned for another target.
+    """Read the file's content; it is {} where there is no file, or one that was tuned for another target.
 
     Raises:
         ValueError: the file is not one that `write` made.
@@ -313,7 +313,7 @@ def read(path: Path, target: str) -> dict[str, Any]:
 def merged(
     before: dict[str, Any], target: str, measured: dict[Case, list[Attempt]], measured_on: dict[str, Any]
 ) -> dict[str, Any]:
-    """The file's new content: what was measured replaces what stood there for the same cases."""
+    """Return the file's new content, where what was measured replaces what stood there for the same cases."""
     chosen = {kernel: dict(entries) for kernel, entries in before.get("configurations", {}).items()}
     samples = {kernel: dict(entries) for kernel, entries in before.get("measurements", {}).items()}
     for case, attempts in measured.items():
@@ -341,7 +341,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 def print_plan(console: Console, wanted: list[Case], target: str | None) -> None:
     """Print which configurations would be measured."""
     if target is None:
-        console.print("no GPU here; on one of target sm_90 would be timed:")
+        console.print("There is no GPU here. On one of target sm_90 these would be timed:")
     table = Table("kernel", "head_dim, dtype", "sequences", f"configurations ({' x '.join(CHOSEN)})")
     for case in wanted:
         sequences, length, heads, _ = problem(case.head_dim)

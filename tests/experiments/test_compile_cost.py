@@ -14,10 +14,14 @@ from vit_encoder import CompilationConfig
 
 from experiments.compile_cost import __main__ as compile_cost
 from experiments.compile_cost import process
+from experiments.compile_cost.row import Failure, Row, Sample
 from experiments.compile_cost.subjects import SUBJECTS, Subject
 
+pytestmark = pytest.mark.costly
+
 ROOT = Path(__file__).parents[2]
-SIZE = ["--model", "llama4", "--layers", "1", "--heads", "1"]
+NARROW = ["--layers", "1", "--heads", "1"]
+SIZE = ["--model", "llama4", *NARROW]
 
 
 def in_this_process(form: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -32,18 +36,31 @@ def in_this_process(form: str, folder: Path, capsys: pytest.CaptureFixture[str])
     return seen
 
 
-def test_a_process_of_its_own(tmp_path: Path) -> None:
-    seen = compile_cost._run("decorated", SIZE, tmp_path)
-    assert "problem" not in seen
-    assert seen["graphs"] == 1
-    assert 0 < seen["seconds"] < seen["seconds_with_imports"]
+@pytest.mark.parametrize("model", SUBJECTS)
+def test_a_process_of_its_own(tmp_path: Path, model: str) -> None:
+    seen = compile_cost._run("decorated", ["--model", model, *NARROW], tmp_path)
+    assert isinstance(seen, Sample)
+    assert seen.graphs == 1
+    assert 0 < seen.seconds < seen.seconds_with_imports
     assert list((tmp_path / "cache").glob("*.artefact"))
 
 
+# Llama 4's is what tests/compilation/test_deployment.py exports.
+@pytest.mark.parametrize("model", [model for model in SUBJECTS if model != "llama4"])
+def test_an_export_is_right_for_every_size_in_the_process_that_made_it_and_another(tmp_path: Path, model: str) -> None:
+    size = ["--model", model, *NARROW]
+    exported, loaded = (compile_cost._run(form, size, tmp_path) for form in ("exported", "loaded"))
+    assert isinstance(exported, Sample), exported.problem
+    assert isinstance(loaded, Sample), loaded.problem
+    assert loaded.graphs == 0
+
+
 def test_a_process_that_fails_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "FileNotFoundError" in compile_cost._run("loaded", SIZE, tmp_path)["problem"]
+    failed = compile_cost._run("loaded", SIZE, tmp_path)
+    assert isinstance(failed, Failure)
+    assert "FileNotFoundError" in failed.problem
     monkeypatch.setattr(compile_cost, "SECONDS_OF_A_PROCESS", 0.01)
-    assert compile_cost._run("loaded", SIZE, tmp_path) == {"problem": "no end within 0.01 s"}
+    assert compile_cost._run("loaded", SIZE, tmp_path) == Failure("no end within 0.01 s")
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -87,43 +104,48 @@ def test_the_plain_form_inlines_the_layers_and_ours_does_not(monkeypatch: pytest
     assert regions == [8, 0]
 
 
-def row(name: str, cpu_seconds: float) -> dict[str, Any]:
-    sample = {"cpu_seconds": cpu_seconds, "seconds": cpu_seconds, "seconds_with_imports": cpu_seconds + 1, "graphs": 1}
-    return compile_cost._summary(name, "", [sample])
+def sample(cpu_seconds: float) -> Sample:
+    times = {"seconds": cpu_seconds, "seconds_with_imports": cpu_seconds + 1}
+    return Sample(cpu_seconds=cpu_seconds, **times, graphs=1, deviation=0.0, allowed=1e-5)
 
 
 def test_goals_are_met_missed_or_not_measured() -> None:
     seconds = {"plain": 10.0, "transformers": 20.0, "ours, cold": 6.0, "ours, warm": 1.5, "export": 9.0, "load": 3.0}
-    rows = [row(name, of) for name, of in seconds.items()]
-    lines = [compile_cost.describe(goal) for goal in compile_cost._goals("llama4", rows)]
-    assert lines == [
+    rows = [Row(name, "", [sample(of)]) for name, of in seconds.items()]
+    assert [str(compile_cost.reached(goal, rows)) for goal in compile_cost.GOALS["llama4"]] == [
         "ours, cold of plain: 0.6x, goal 0.55x: MISSED",
         "ours, cold of transformers: 0.3x, goal 0.55x: met",
         "ours, warm of plain: 0.15x, goal 0.15x: met",
         "load: 4 s, goal 5.0 s: met",
     ]
-    rows[1] = compile_cost._summary("transformers", "", [{"problem": "wrong"}])
-    assert compile_cost.describe(compile_cost._goals("llama4", rows)[1]).endswith("not measured (goal 0.55x)")
+    rows[1] = Row("transformers", "", [Failure("wrong")])
+    assert str(compile_cost.reached(compile_cost.GOALS["llama4"][1], rows)).endswith("not measured (goal 0.55x)")
 
 
 def test_the_medians_are_of_all_rounds_and_one_wrong_sample_spoils_them() -> None:
-    samples = [row("x", cpu)["samples"][0] for cpu in (1.0, 2.0, 9.0)]
-    assert compile_cost._summary("x", "", samples)["cpu_seconds"] == 2.0
-    spoiled = compile_cost._summary("x", "", [*samples, {"problem": "wrong"}])
-    assert "cpu_seconds" not in spoiled
-    assert compile_cost._figures(spoiled) == ["-"] * 4
+    samples = [sample(cpu) for cpu in (1.0, 2.0, 9.0)]
+    assert Row("x", "", samples).described()["cpu_seconds"] == 2.0
+    spoiled = Row("x", "", [*samples, Failure("wrong")])
+    assert "cpu_seconds" not in spoiled.described()
+    assert spoiled.problem == "wrong"
+    assert compile_cost._cells(spoiled) == ["-"] * 4
 
 
 def test_a_figure_and_a_file_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sample = row("x", 2.0)["samples"][0]
-    samples = {name: [sample] for name, _, _ in compile_cost.ROWS} | {"transformers": [{"problem": "wrong"}]}
+    samples: dict[str, list[Sample | Failure]] = {name: [sample(2.0)] for name, _, _ in compile_cost.ROWS}
+    samples["transformers"] = [Failure("wrong")]
     monkeypatch.setattr(compile_cost, "measure", lambda *size: samples)
     assert compile_cost.main(["--out", str(tmp_path)]) == 1
     assert "MISSED" in capsys.readouterr().out
     result = json.loads((tmp_path / "compile_ledger-llama4-176.json").read_text())
     assert [each["problem"] for each in result["rows"]].count("wrong") == 1
+    committed = json.loads((ROOT / "experiments/results/compile_ledger-llama4-176.json").read_text())
+    assert result.keys() == committed.keys()
+    assert result["goals"][0].keys() == committed["goals"][0].keys()
+    assert result["rows"][0].keys() == committed["rows"][0].keys()
+    assert result["rows"][0]["samples"][0].keys() == committed["rows"][0]["samples"][0].keys()
     assert (tmp_path / "compile_ledger-llama4-176.png").stat().st_size > 10_000
 
 

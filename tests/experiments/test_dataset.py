@@ -6,6 +6,7 @@ What writes parquet needs pyarrow, and the rest Ray: ./scripts/test_vllm.sh has 
 import importlib.util
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from vit_encoder import Llama4ImageSettings, Llama4VisionConfig, encode_images
+from vit_encoder import Llama4ImageSettings, Llama4VisionConfig
 
+from experiments.common.encoders import ENCODERS, Prepared
 from experiments.dataset import __main__ as encode_dataset
 from experiments.dataset.__main__ import Progress
-from experiments.dataset.encoder import EncoderSettings, filled
-from experiments.dataset.engines import Job
-from experiments.dataset.images import decode, references
+from experiments.dataset.encoder import DatasetEncoder, Settings, filled
+from experiments.dataset.engines import Job, plain
+from experiments.dataset.images import Decoded, Reference, decode, references
 from experiments.dataset.parts import Embedding, difference, read_embeddings, sources_done, write_part
 
 needs_pyarrow = pytest.mark.skipif(
@@ -50,19 +52,35 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def run(images: Path, out: Path, *arguments: str) -> int:
-    sizes = ("--config", "tiny", "--max-tiles", "4", "--tile-budget", "6", "--part-images", "2")
+# Images of at most 4 tiles or 64 patches of 14 x 14 pixels, and what goes into a batch.
+LIMITS = {"tile": ("--max-tiles", "4", "--budget", "6"), "patch": ("--max-pixels", "12544", "--budget", "96")}
+TINY = {name: kind.config.tiny() for name, kind in ENCODERS.items()}
+
+
+def run(images: Path, out: Path, *arguments: str, model: str = "llama4") -> int:
+    sizes = ("--model", model, "--config", "tiny", "--part-images", "2", *LIMITS[ENCODERS[model].unit])
     return encode_dataset.main(["--images", f"{images}/*", "--out", str(out), *sizes, *arguments])
+
+
+def settings_of(model: str) -> Settings:
+    images, _ = ENCODERS[model].settings_of(None, TINY[model], int(LIMITS[ENCODERS[model].unit][1]))
+    place: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "compiled": False}
+    return Settings(model=model, checkpoint=None, config=TINY[model], images=images, **place)
+
+
+def tiles(path: Path, **settings: Any) -> Decoded:
+    return decode(Reference("", str(path)), "llama4", TINY["llama4"], Llama4ImageSettings(image_size=112, **settings))
 
 
 @given(counts=st.lists(st.integers(0, 20), max_size=30), budget=st.integers(1, 20))
 def test_batches_are_filled_up_to_the_budget(counts: list[int], budget: int) -> None:
-    groups = list(filled(counts, budget))
-    assert [index for group in groups for index in group] == list(range(len(counts)))
-    tiles = [sum(counts[index] for index in group) for group in groups]
-    for group, total, following in zip(groups, tiles, groups[1:], strict=False):
-        assert total <= budget or len(group) == 1
-        assert total + counts[following[0]] > budget
+    images = [Decoded(str(index), np.zeros(count), 1, 1) for index, count in enumerate(counts)]
+    batches = list(filled(images, budget))
+    assert [image for batch in batches for image in batch] == images
+    units = [sum(len(image.pixel_values) for image in batch) for batch in batches]
+    for batch, total, following in zip(batches, units, batches[1:], strict=False):
+        assert total <= budget or len(batch) == 1
+        assert total + len(following[0].pixel_values) > budget
 
 
 def test_the_rate_leaves_the_first_part_out() -> None:
@@ -70,13 +88,34 @@ def test_the_rate_leaves_the_first_part_out() -> None:
     assert Progress(seconds=[10.0, 10.0]).rate(2) is None
 
 
+def test_progress_is_told_after_each_batch(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.dataset.encoder.write_part", lambda folder, part: written.append(len(part)))
+    encoded: list[int] = []
+    written: list[int] = []
+    encode = DatasetEncoder._encode_batch
+
+    def counted(encoder: DatasetEncoder, batch: list[Decoded]) -> list[Embedding]:
+        encoded.append(len(batch))
+        return encode(encoder, batch)
+
+    monkeypatch.setattr(DatasetEncoder, "_encode_batch", counted)
+    job = Job(references(f"{images}/*"), settings_of("llama4"), tmp_path, budget=6, part_images=64, actors=1)
+    told: Iterator[str] = plain(job)
+    next(told)
+    assert encoded == [2], "the images of 1 and 4 tiles, of six images in all"
+    assert len(list(told)) == 5
+    assert written == [6] == [sum(encoded)]
+
+
 def test_a_bad_image_keeps_its_error(images: Path) -> None:
     found = references(f"{images}/*")
-    assert [Path(reference["source"]).name for reference in found][2:4] == ["2.png", "2b.png"]
-    good, bad = (decode(reference, Llama4ImageSettings(image_size=112, max_tiles=4)) for reference in found[2:4])
-    assert (good["error"], good["pixel_values"].shape, good["high"], good["wide"]) == ("", (5, 3, 112, 112), 2, 2)
-    assert (bad["pixel_values"].shape, bad["high"]) == ((0, 3, 112, 112), 0)
-    assert bad["error"].startswith("OSError: image: expected a complete image")
+    assert [Path(reference.source).name for reference in found][2:4] == ["2.png", "2b.png"]
+    good, bad = (tiles(Path(reference.file), max_tiles=4) for reference in found[2:4])
+    assert (good.error, good.pixel_values.shape, good.high, good.wide) == ("", (5, 3, 112, 112), 2, 2)
+    assert (bad.pixel_values.shape, bad.high) == ((0, 3, 112, 112), 0)
+    assert bad.error.startswith("OSError: image: expected a complete image")
+    patches = decode(found[3], "qwen2_5_vl", TINY["qwen2_5_vl"], settings_of("qwen2_5_vl").images)
+    assert (patches.pixel_values.shape, patches.error) == ((0, 1176), bad.error)
     with pytest.raises(FileNotFoundError, match="expected a pattern that matches files"):
         references(f"{images}/*.webp")
 
@@ -97,6 +136,8 @@ def test_a_difference_in_anything_is_seen() -> None:
         (["--images", "nothing/*"], "--images: got 'nothing/*'"),
         (["--device", "abacus"], "--device: got 'abacus'"),
         (["--actors", "0"], "got '0', expected a positive integer"),
+        (["--model", "qwen2_5_vl", "--max-tiles", "2"], "--max-tiles: not for --model qwen2_5_vl"),
+        (["--max-pixels", "5000"], "--max-pixels: not for --model llama4"),
         (["--record", "it.json"], "--record: got a file without --compare"),
         (["--compare", "--record", "no/folder/it.json"], "--record: got no/folder/it.json, expected a file in a"),
     ],
@@ -121,25 +162,23 @@ def test_what_is_not_installed_is_named(
 
 
 @needs_pyarrow
-def test_each_row_is_what_the_encoder_gives_for_its_image(images: Path, tmp_path: Path) -> None:
-    assert run(images, tmp_path / "out") == 1
+@pytest.mark.parametrize("model", ENCODERS)
+def test_each_row_is_what_the_encoder_gives_for_its_image(model: str, images: Path, tmp_path: Path) -> None:
+    assert run(images, tmp_path / "out", model=model) == 1
     rows = read_embeddings(tmp_path / "out")
     assert sorted(rows) == sorted(str(path) for path in images.iterdir())
-    settings = EncoderSettings(None, Llama4VisionConfig.tiny(), torch.float32, "cpu", compiled=False)
-    model = settings.make()
+    settings, kind = settings_of(model), ENCODERS[model]
+    encoder = settings.make()
     for path in images.iterdir():
         row = rows[str(path)]
         if path.name == "2b.png":
             assert row.error.startswith("OSError: image: expected a complete image")
-            assert row.features.shape == (0, 120)
+            assert row.features.shape == (0, kind.features(settings.config))
             continue
-        tiled = decode(
-            {"source": "", "file": str(path), "group": -1, "row": -1}, Llama4ImageSettings(image_size=112, max_tiles=4)
-        )
-        assert (row.high, row.wide, row.error) == (tiled["high"], tiled["wide"], "")
+        image = kind.prepare(path, settings.config, settings.images)
+        assert (row.high, row.wide, row.error) == (image.high, image.wide, "")
         with torch.inference_mode():
-            pixel_values = torch.from_numpy(tiled["pixel_values"])
-            expected = model(pixel_values).flatten(0, 1)
+            expected = encoder(*kind.inputs(image, torch.float32, torch.device("cpu"))).flatten(0, -2)
         torch.testing.assert_close(torch.from_numpy(row.features.copy()), expected)
 
 
@@ -162,11 +201,10 @@ def test_images_are_tiled_as_the_checkpoint_says(
     encode_dataset.main(
         ["--images", f"{images}/*", "--out", str(tmp_path / "out"), "--checkpoint", str(folder), *arguments]
     )
-    settings = Llama4ImageSettings(image_size=112, max_tiles=most, image_mean=(0.1, 0.2, 0.3))
-    reference = {"source": "", "file": str(images / "3.png"), "group": -1, "row": -1}
-    tiled = jobs[0].decode(reference)
-    np.testing.assert_array_equal(tiled["pixel_values"], decode(reference, settings)["pixel_values"])
-    assert tiled["high"] * tiled["wide"] == most
+    tiled = jobs[0].decode(Reference("", str(images / "3.png")))
+    expected = tiles(images / "3.png", max_tiles=most, image_mean=(0.1, 0.2, 0.3))
+    np.testing.assert_array_equal(tiled.pixel_values, expected.pixel_values)
+    assert tiled.high * tiled.wide == most
 
 
 @needs_pyarrow
@@ -178,11 +216,13 @@ def test_a_second_run_encodes_only_what_is_missing(
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     calls: list[int] = []
 
-    def counted(model: Any, tiled: Any) -> Any:
-        calls.append(len(tiled))
-        return encode_images(model, tiled)
+    encode = type(ENCODERS["llama4"]).encode
 
-    monkeypatch.setattr("experiments.dataset.encoder.encode_images", counted)
+    def counted(kind: Any, model: Any, tiled: list[Prepared]) -> Any:
+        calls.append(len(tiled))
+        return encode(kind, model, tiled)
+
+    monkeypatch.setattr(type(ENCODERS["llama4"]), "encode", counted)
     assert run(images, out) == 0
     assert calls == []
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
@@ -259,9 +299,12 @@ def test_a_comparison_is_recorded_where_the_embeddings_are_equal(
 @pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning", "default::ResourceWarning")
 @needs_pyarrow
 @needs_ray
-def test_ray_gives_the_same_embeddings(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(images, tmp_path / "ray", "--engine", "ray", "--compare") == 1
-    run(images, tmp_path / "plain")
+@pytest.mark.parametrize("model", ENCODERS)
+def test_ray_gives_the_same_embeddings(
+    model: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(images, tmp_path / "ray", "--engine", "ray", "--compare", model=model) == 1
+    run(images, tmp_path / "plain", model=model)
     ours, expected = read_embeddings(tmp_path / "ray"), read_embeddings(tmp_path / "plain")
     assert ours.keys() == expected.keys()
     assert max(difference(ours[source], expected[source]) for source in expected) <= encode_dataset.ALLOWED
@@ -270,7 +313,7 @@ def test_ray_gives_the_same_embeddings(images: Path, tmp_path: Path, capsys: pyt
     assert "ray: 6 images in" in printed
     assert "(allowed: 1.0e-04)" in printed
     # Nothing is left to do.
-    assert run(images, tmp_path / "ray", "--engine", "ray") == 0
+    assert run(images, tmp_path / "ray", "--engine", "ray", model=model) == 0
 
 
 def test_the_encoded_bytes_of_an_image_are_enough(tmp_path: Path) -> None:
@@ -278,4 +321,4 @@ def test_the_encoded_bytes_of_an_image_are_enough(tmp_path: Path) -> None:
     picture(20, 30).save(stream, "PNG")
     (tmp_path / "no suffix").write_bytes(stream.getvalue())
     (reference,) = references(f"{tmp_path}/*")
-    assert decode(reference, Llama4ImageSettings(image_size=112, max_tiles=1))["pixel_values"].shape == (1, 3, 112, 112)
+    assert tiles(Path(reference.file), max_tiles=1).pixel_values.shape == (1, 3, 112, 112)

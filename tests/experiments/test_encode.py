@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,16 +17,19 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from vit_encoder import Llama4VisionConfig, Llama4VisionModel
+from vit_encoder import Llama4VisionConfig, Llama4VisionModel, compilation_counter
 from vit_encoder.llama4 import reference_forward
 from vit_encoder.llama4.checkpoint import to_hf_tensors, vision_tensors
 
 from experiments.common import comparison, measure
 from experiments.common.comparison import ALLOWED_EPS, compare, relative_error
+from experiments.common.encoders import ENCODERS, TileEncoder
 from experiments.common.peers import transformers_vision_model
 from experiments.common.weights import random_encoder
 from experiments.encode.__main__ import main
 from experiments.encode.report import notes
+from experiments.encode.result import result_of
+from experiments.encode.sweep import sweep_batches
 from scripts import update_readme
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +100,17 @@ def test_the_result_holds_everything_and_is_right(tmp_path: Path, capsys: pytest
         assert figure.size[0] > 1000
 
 
+@pytest.mark.parametrize("model", ENCODERS)
+def test_every_encoder_is_right_and_one_graph(model: str, tmp_path: Path) -> None:
+    arguments = ["--model", model, "--config", "tiny", "--backend", "eager", "--repeats", "1", "--out", str(tmp_path)]
+    bound = "2" if ENCODERS[model].unit == "tile" else "30000"
+    assert main([*arguments, f"--{ENCODERS[model].limit.replace('_', '-')}", bound]) == 0
+    (path,) = tmp_path.glob("*.json")
+    result = result_of(json.loads(path.read_text()))
+    assert [row.name for row in result.rows] == ["eager", "compiled", "transformers"]
+    assert (result.kind, result.graphs.graphs, result.problems) == (ENCODERS[model], 1, {})
+
+
 def test_an_image_a_checkpoint_and_fewer_layers(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "a checkpoint", tiny_encoder())
     Image.new("RGB", (300, 100), "teal").save(tmp_path / "teal.png")
@@ -117,14 +132,46 @@ def test_low_precision_is_right_too(dtype: str, tmp_path: Path) -> None:
 def test_without_transformers_eager_is_the_baseline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("experiments.encode.llama4.transformers_vision_model", lambda model: None)
+    monkeypatch.setitem(ENCODERS, "llama4", dataclasses.replace(ENCODERS["llama4"], peer=lambda model: None))
     assert list(rows(run(tmp_path))) == ["eager", "compiled"]
     assert "twice what eager makes" in capsys.readouterr().out
 
 
+def test_the_compiled_form_is_called_first_and_finds_nothing_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[str, list[str]]] = []
+
+    def leaving(*args: Any) -> Any:
+        (Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / "a graph").touch()
+        return sweep_batches(*args)
+
+    def compared(calls: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append((next(iter(calls)), os.listdir(os.environ["TORCHINDUCTOR_CACHE_DIR"])))
+        return compare(calls, *args, **kwargs)
+
+    monkeypatch.setattr("experiments.encode.subject.sweep_batches", leaving)
+    monkeypatch.setattr("experiments.encode.__main__.compare", compared)
+    assert list(rows(run(tmp_path))) == ["eager", "compiled", "transformers"]
+    assert found == [("compiled", [])]
+
+
+def test_the_encoder_is_one_graph_where_dynamo_counts_those_of_a_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As torch 2.11 does: there the sweep's graph made that of the first call a recompilation.
+    monkeypatch.setattr("vit_encoder.compilation.compiled_module._ISOLATED", {})
+    assert run(tmp_path)["graphs"]["graphs"] == 1
+
+
 @pytest.mark.thorough
-def test_inductor(tmp_path: Path) -> None:
-    result = run(tmp_path, "--backend", "inductor")
+def test_inductor_compiles_twice_where_the_sweep_has_the_same_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a GPU.
+    monkeypatch.setattr(TileEncoder, "narrow", lambda self, config: config)
+    with compilation_counter.expect(backend_compilations=2, cache_hits=0):
+        result = run(tmp_path, "--backend", "inductor")
     assert result["compilation"]["backend"] == "inductor"
     assert result["right"]
 
@@ -176,7 +223,7 @@ def test_a_form_that_fails_is_reported_and_the_others_are_timed(
         def forward(self, pixel_values: Tensor) -> Tensor:
             raise RuntimeError("\nno kernel image\nis available")
 
-    monkeypatch.setattr("experiments.encode.llama4.transformers_vision_model", lambda model: Broken())
+    monkeypatch.setitem(ENCODERS, "llama4", dataclasses.replace(ENCODERS["llama4"], peer=lambda model: Broken()))
     result = run(tmp_path, code=1)
     assert rows(result)["transformers"]["problem"] == "RuntimeError: no kernel image"
     assert "baseline" not in result
@@ -296,7 +343,14 @@ def test_a_busy_machine_is_named(load: float, said: bool) -> None:
     (path,) = (ROOT / "experiments/results").glob("compile_encoder-scout-34-cpu-float32.json")
     result = json.loads(path.read_text())
     result["job"]["load_before"], result["environment"]["cpu"]["cores"] = load, 2
-    assert any("cannot be compared" in note for note in notes(result)) == said
+    assert any("cannot be compared" in note for note in notes(result_of(result))) == said
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments/results").glob("compile_encoder-*.json")), ids=str)
+def test_a_result_is_read_from_its_file_and_written_as_it_was(path: Path) -> None:
+    written = json.loads(path.read_text())
+    # Llama 4's is older than the key.
+    assert result_of(written).described() == {"model": "llama4"} | written
 
 
 def test_a_wrong_result_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,8 +438,8 @@ def test_without_a_number_rounds_start_until_the_time_is_up(
     assert len(measured["a"].seconds) == rounds
 
 
-def test_summary_of_samples() -> None:
-    assert measure.summary([3.0, 1.0, 7.0]) == {"median": 3.0, "low": 1.0, "high": 7.0, "samples": [3.0, 1.0, 7.0]}
+def test_the_spread_of_samples() -> None:
+    assert measure.spread([3.0, 1.0, 7.0]) == measure.Spread(3.0, 1.0, 7.0, samples=[3.0, 1.0, 7.0])
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell the resident memory")

@@ -12,9 +12,10 @@ from vit_encoder import Qwen2_5_VLImageSettings, Qwen2_5_VLVisionConfig
 from vit_encoder.qwen2_5_vl import patch_image, reference_forward
 
 from experiments.common.comparison import ALLOWED_EPS, relative_error
+from experiments.common.encoders import PatchEncoder
 from experiments.common.weights import random_encoder
 from experiments.encode.__main__ import main
-from experiments.encode.qwen2_5_vl import GRIDS, prepare
+from experiments.encode.subject import prepare
 from tests.encoder.qwen2_5_vl_batches import patches
 from tests.encoder.test_qwen2_5_vl_config import CONFIG, save
 
@@ -44,7 +45,7 @@ def test_the_result_holds_everything_and_is_right(tmp_path: Path, capsys: pytest
         "features": 30,
     }
     assert result["graphs"] == {"graphs": 1, "unique_graphs": 1, "graph_breaks": {}, "problem": None}
-    assert result["grids"]["grids"] == GRIDS
+    assert result["grids"]["grids"] == PatchEncoder.sizes
     assert result["grids"]["graphs"] == {"graphs": 1, "unique_graphs": 1, "graph_breaks": {}}
     assert [row["name"] for row in result["rows"]] == ["eager", "compiled", "transformers"]
     for row in result["rows"]:
@@ -76,13 +77,14 @@ def test_an_image_is_prepared_as_the_checkpoint_says(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
     image = tmp_path / "image.png"
     Image.effect_noise((100, 80), 50).save(image)
-    options = argparse.Namespace(checkpoint=tmp_path, config="7b", layers=None, max_pixels=None)
-    pixel_values, grid_thw = prepare(options, torch.float32, torch.device("cpu"), image).inputs
+    sizes = {"config": "7b", "layers": None, "dtype": None, "tile_counts": None, "max_tiles": None, "max_pixels": None}
+    options = argparse.Namespace(model="qwen2_5_vl", checkpoint=tmp_path, **sizes)
+    pixel_values, grid_thw = prepare(options, torch.device("cpu"), image).inputs
     expected = patch_image(image, CONFIG, settings=Qwen2_5_VLImageSettings.from_hf(tmp_path))
     assert torch.equal(pixel_values, expected.pixel_values)
     assert grid_thw.tolist() == [[1, 14, 16]]
     options.max_pixels = 1024
-    assert prepare(options, torch.float32, torch.device("cpu"), image).inputs[1].tolist() == [[1, 6, 8]]
+    assert prepare(options, torch.device("cpu"), image).inputs[1].tolist() == [[1, 6, 8]]
 
 
 @pytest.mark.parametrize(
