@@ -1,49 +1,38 @@
-"""Several images and videos of different sizes through the vision encoder in one batch."""
+"""Several images and videos of different sizes through a Qwen vision encoder in one batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vit_encoder.image_settings import naming
 from vit_encoder.images import ImageInput, check_images, placement
-from vit_encoder.qwen2_5_vl.config import Qwen2_5_VLVisionConfig
-from vit_encoder.qwen2_5_vl.images import PatchedImage, Qwen2_5_VLImageSettings, patch_image
-from vit_encoder.qwen2_5_vl.model import Qwen2_5_VLVisionModel
+from vit_encoder.qwen_images import PatchedImage
+from vit_encoder.qwen_models import QwenVisionModel
 
 
-def encode_images(
-    model: Qwen2_5_VLVisionModel,
+def encode(
+    model: Any,
     images: Sequence[ImageInput | Sequence[ImageInput] | PatchedImage],
+    settings: Any,
     *,
-    settings: Qwen2_5_VLImageSettings | None = None,
+    expected: type[QwenVisionModel],
+    patch_image: Callable[..., PatchedImage],
 ) -> list[Tensor]:
     """Encode each image or video to its own features, all of them in one call of the model.
 
-    Runs in the caller's grad mode. The pixels are cast to the dtype and moved to the device of the model's parameters.
-
-    Args:
-        model: the encoder.
-        images: at least one image or video, each anything that `patch_image` takes or a `PatchedImage`.
-        settings: of `patch_image`; the model's `image_settings`, which `from_pretrained` reads from the checkpoint,
-            when None.
+    Args and errors: as for each encoder's `encode_images`; `expected` is the class of its model, `patch_image` its own.
 
     Returns:
-        One tensor [features, out_hidden_size] an image, in the order of `images`.
-
-    Raises:
-        TypeError: `images` is not a sequence, `model` is no such encoder, or what `patch_image` raises it for.
-        ValueError: `images` is empty, or what `patch_image` and the model raise it for.
-        OSError: an image file is missing or cannot be decoded.
-        Those about one image name its index.
+        One tensor [features, width] an image, in the order of `images`.
     """
     check_images(images)
-    config = getattr(model, "config", None)
-    placed = placement(model) if isinstance(config, Qwen2_5_VLVisionConfig) else None
+    placed = placement(model) if isinstance(getattr(model, "config", None), expected.CONFIG) else None
     if placed is None:
-        raise TypeError(f"model: expected a Qwen2_5_VLVisionModel, got {type(model).__name__}")
+        raise TypeError(f"model: expected a {expected.__name__}, got {type(model).__name__}")
     patched = []
     for index, image in enumerate(images):
         with naming(f"images[{index}]"):

@@ -1,13 +1,13 @@
-"""Images and video frames to patches: resize, normalisation and patch order of Qwen2.5-VL, on the CPU.
+"""Images and video frames to patches: resize, normalisation and patch order of the Qwen encoders, on the CPU.
 
-The behaviour is that of transformers' `Qwen2VLImageProcessor` and `Qwen2VLVideoProcessor`, and of `qwen-vl-utils`.
+The behaviour is that of transformers' `Qwen2VLImageProcessor`, `Qwen2VLVideoProcessor` and `Qwen3VLVideoProcessor`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -16,18 +16,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from vit_encoder.configs import HfConfig
-from vit_encoder.image_settings import (
-    Normalisation,
-    Section,
-    changed,
-    check_positive_int,
-    given_settings,
-    naming,
-    processor_sections,
-)
+from vit_encoder.image_settings import Normalisation, Section, changed, check_positive_int, given_settings, naming
 from vit_encoder.images import ImageInput, normalise, resize, to_rgb
-from vit_encoder.qwen2_5_vl.config import Qwen2_5_VLVisionConfig
+from vit_encoder.qwen_configs import QwenVisionConfig
 
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 28 * 28 * 1280
 MAX_ASPECT_RATIO = 200
@@ -40,13 +31,6 @@ _PATCH_SIZES = {
 _NAMES = _PATCH_SIZES | {
     name: name for name in ("min_pixels", "max_pixels", "size", "image_mean", "image_std", "rescale_factor")
 }
-_PROCESSORS = (
-    "Qwen2VLImageProcessor",
-    "Qwen2VLImageProcessorFast",
-    "Qwen2VLImageProcessorPil",
-    "Qwen2_5_VLImageProcessor",
-    "Qwen2VLVideoProcessor",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +40,7 @@ class PatchSettings(Normalisation):
     Args:
         min_pixels, max_pixels: bounds of its area after the resize, where whole units allow. That they are not crossed
             is checked where they are used: a file with one bound may cross the default of the other, for videos only.
+        of_the_clip: they bound the sum over all frames of a video, as Qwen3-VL has it, and not each frame.
         image_mean, image_std, rescale_factor: as in `Normalisation`; CLIP's by default.
         patch_size, temporal_patch_size, spatial_merge_size: what the checkpoint says of them, compared with the
             encoder's; None leaves them to it.
@@ -67,6 +52,7 @@ class PatchSettings(Normalisation):
 
     min_pixels: int = MIN_PIXELS
     max_pixels: int = MAX_PIXELS
+    of_the_clip: bool = False
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     patch_size: int | None = None
@@ -78,59 +64,45 @@ class PatchSettings(Normalisation):
         for name in ("min_pixels", "max_pixels", *_PATCH_SIZES):
             if getattr(self, name) is not None or name not in _PATCH_SIZES:
                 object.__setattr__(self, name, check_positive_int(name, getattr(self, name)))
-
-
-_VIDEO = PatchSettings(min_pixels=128 * 28 * 28, max_pixels=28 * 28 * 768)
+        if not isinstance(self.of_the_clip, bool):
+            raise TypeError(f"of_the_clip: got {type(self.of_the_clip).__name__}, expected a bool")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qwen2_5_VLImageSettings:  # noqa: N801 (transformers' prefix)
-    """How images and videos become patches.
+class QwenImageSettings:
+    """How images and videos become patches; a subclass has the defaults of its encoder.
 
-    The defaults are those of transformers' `Qwen2VLImageProcessor` and `Qwen2VLVideoProcessor`, not those of the
-    published checkpoints, which allow images of up to 12845056 pixels. Which frames of a video are sampled is the
-    caller's choice: `fps` and the like are not read.
+    Which frames of a video are sampled is the caller's choice: `fps` and the like are not read.
 
     Args:
         image: of a still image.
-        video: of each frame of a video.
+        video: of each frame of a video, or of the frames together.
     """
 
-    image: PatchSettings = field(default_factory=PatchSettings)
-    video: PatchSettings = _VIDEO
+    image: PatchSettings
+    video: PatchSettings
 
     def __post_init__(self) -> None:
         for name in ("image", "video"):
             if not isinstance(value := getattr(self, name), PatchSettings):
                 raise TypeError(f"{name}: got {type(value).__name__}, expected PatchSettings")
 
-    @classmethod
-    def from_hf(cls, source: HfConfig) -> Qwen2_5_VLImageSettings:
-        """Reads what a checkpoint says of its processors; where it says nothing the defaults hold.
 
-        As in transformers, `min_pixels` and `max_pixels` win over a `size`, and videos that have no settings of their
-        own have those of images.
+def read_settings(section: Section | None, defaults: PatchSettings, types: Sequence[str]) -> PatchSettings:
+    """What a section of a checkpoint's files says, the rest as in `defaults`.
 
-        Args:
-            source: the checkpoint's folder, of which processor_config.json, preprocessor_config.json and
-                video_preprocessor_config.json are read; or the path of such a file, a mapping or a processor of
-                transformers.
+    Args:
+        section: None where the files say nothing.
+        defaults: those of the processor.
+        types: of the processors that work as ours does, where the section names one.
 
-        Raises:
-            OSError: a path that cannot be read.
-            TypeError: `source` or a value is of another type.
-            ValueError: a file without a JSON object; a setting that cannot be followed here (another resampling, no
-                resize, a crop, padding, a bound for the whole clip, the processor of another model); and what
-                `PatchSettings` raises it for.
-        """
-        image, video = processor_sections(source)
-        return cls(image=_read(image, PatchSettings()), video=_read(video, _VIDEO))
-
-
-def _read(section: Section | None, defaults: PatchSettings) -> PatchSettings:
+    Raises:
+        TypeError: a value of another type.
+        ValueError: a setting that cannot be followed, named with its source; and what `PatchSettings` raises it for.
+    """
     if section is None:
         return defaults
-    given = given_settings(section, types=_PROCESSORS, resample=Image.Resampling.BICUBIC, names=_NAMES)
+    given = given_settings(section, types=types, resample=Image.Resampling.BICUBIC, names=_NAMES)
     with naming(section.source):
         bounds = _bounds(given.pop("size")) if "size" in given else {}
         return replace(defaults, **bounds | given)
@@ -157,41 +129,20 @@ class PatchedImage:
     grid_thw: Tensor
 
 
-def patch_image(
+def patches(
     image: ImageInput | Sequence[ImageInput],
-    config: Qwen2_5_VLVisionConfig,
+    config: QwenVisionConfig,
+    settings: QwenImageSettings,
     *,
-    settings: Qwen2_5_VLImageSettings | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> PatchedImage:
     """Resize an image, or the frames of a video, to whole units and cut it into patches.
 
-    Resized antialiased and bicubic, in uint8 where the image has 8 bits (see `llama4.tile_image` for other kinds), and
-    normalised in float32. A patch covers `temporal_patch_size` frames: an image, and the last frame of a video, are
-    repeated to fill it.
-
-    Args:
-        image: anything that `llama4.tile_image` takes; or a video: a list or tuple of that, an array [frames, height,
-            width, channels] or a tensor [frames, channels, height, width], its frames of one size.
-        config: of the encoder; its patches have 3 channels.
-        settings: the checkpoint's, from `Qwen2_5_VLImageSettings.from_hf(folder)`; transformers' defaults when None.
-        min_pixels, max_pixels: instead of the settings' for what `image` is, an image or a video.
-
-    Returns:
-        The patches, in float32 on the CPU.
-
-    Raises:
-        TypeError: `image` is of another type or dtype, `settings` are none, or a bound is not an int.
-        ValueError: no frames or of different sizes, an aspect ratio above 200, bounds that are below 1 or crossed, a
-            config with other channels or other sizes than the settings'; and what `llama4.tile_image` raises it for.
-        OSError: a file that is missing or cannot be decoded.
+    Args and errors: as for each encoder's `patch_image`.
     """
-    if not isinstance(settings, Qwen2_5_VLImageSettings | None):
-        raise TypeError(f"settings: got {type(settings).__name__}, expected Qwen2_5_VLImageSettings or None")
     frames = _frames(image)
-    whole = settings or Qwen2_5_VLImageSettings()
-    of_frames = whole.image if frames is None else whole.video
+    of_frames = settings.image if frames is None else settings.video
     of_frames = changed(of_frames, {"min_pixels": min_pixels, "max_pixels": max_pixels})
     _check_config(config, of_frames)
     return _patched([cast(ImageInput, image)] if frames is None else frames, config, of_frames)
@@ -208,7 +159,7 @@ def _frames(image: object) -> list[ImageInput] | None:
     return frames
 
 
-def _check_config(config: Qwen2_5_VLVisionConfig, settings: PatchSettings) -> None:
+def _check_config(config: QwenVisionConfig, settings: PatchSettings) -> None:
     if config.in_channels != 3:
         raise ValueError(f"config: got in_channels {config.in_channels}, expected 3")
     for name in _PATCH_SIZES:
@@ -216,16 +167,20 @@ def _check_config(config: Qwen2_5_VLVisionConfig, settings: PatchSettings) -> No
             raise ValueError(f"settings: got {name} {size}, expected the encoder's, {getattr(config, name)}")
 
 
-def _patched(frames: list[ImageInput], config: Qwen2_5_VLVisionConfig, settings: PatchSettings) -> PatchedImage:
+def _patched(frames: list[ImageInput], config: QwenVisionConfig, settings: PatchSettings) -> PatchedImage:
     pixels = [to_rgb(frame) for frame in frames]
     if len({frame.shape for frame in pixels}) > 1:
         raise ValueError(f"image: got frames of {[tuple(frame.shape[1:]) for frame in pixels]}, expected one size")
-    size = resized(
-        *pixels[0].shape[1:],
-        factor=config.patch_size * config.spatial_merge_size,
-        min_pixels=settings.min_pixels,
-        max_pixels=settings.max_pixels,
-    )
+    height, width = pixels[0].shape[1:]
+    bounds: dict[str, int] = {
+        "factor": config.patch_size * config.spatial_merge_size,
+        "min_pixels": settings.min_pixels,
+        "max_pixels": settings.max_pixels,
+    }
+    if settings.of_the_clip:
+        size = resized_clip(len(pixels), height, width, temporal_factor=config.temporal_patch_size, **bounds)
+    else:
+        size = resized(height, width, **bounds)
     normalised = [normalise(resize(frame, *size, "bicubic"), settings) for frame in pixels]
     missing = -len(frames) % config.temporal_patch_size
     video = torch.stack([*normalised, *missing * [normalised[-1]]])  # [frames, 3, height, width]
@@ -256,18 +211,60 @@ def resized(
         TypeError: an argument is no int.
         ValueError: an argument is below 1, min_pixels is above max_pixels, or one side is over 200 times the other.
     """
-    sizes = {"height": height, "width": width, "factor": factor, "min_pixels": min_pixels, "max_pixels": max_pixels}
+    _check_sizes(height=height, width=width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
+    return _bounded(height, width, 1, 1, factor, min_pixels, max_pixels)
+
+
+def resized_clip(
+    frames: int, height: int, width: int, *, factor: int, temporal_factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """The size that each frame of a video gets where one budget is for all of them.
+
+    A frame of which one side is below `factor` is scaled up first. Of an odd number of frames as many are counted as
+    transformers counts, which rounds half to even: 3 count as 4, and 5 do too.
+    Source: transformers, `video_processing_qwen3_vl.py`, `smart_resize`.
+
+    Args:
+        frames: of the video.
+        height, width, factor: as for `resized`.
+        temporal_factor: frames in a patch.
+        min_pixels, max_pixels: bounds of the sum of the frames' areas, where the factor allows.
+
+    Raises:
+        TypeError: an argument is no int.
+        ValueError: as for `resized`, and fewer frames than a patch has.
+    """
+    _check_sizes(
+        frames=frames, height=height, width=width, factor=factor, temporal_factor=temporal_factor,
+        min_pixels=min_pixels, max_pixels=max_pixels,
+    )  # fmt: skip
+    if frames < temporal_factor:
+        raise ValueError(f"image: expected a video of at least {temporal_factor} frames, got {frames}")
+    if min(height, width) < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    counted = round(frames / temporal_factor) * temporal_factor
+    return _bounded(height, width, frames, counted, factor, min_pixels, max_pixels)
+
+
+def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         check_positive_int(name, value)
-    if min_pixels > max_pixels:
-        raise ValueError(f"min_pixels: expected at most max_pixels = {max_pixels}, got {min_pixels}")
+    if sizes["min_pixels"] > sizes["max_pixels"]:
+        raise ValueError(f"min_pixels: expected at most max_pixels = {sizes['max_pixels']}, got {sizes['min_pixels']}")
+
+
+def _bounded(
+    height: int, width: int, frames: int, counted: int, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """Whole units; `counted` frames of them are compared with the bounds, and all frames scaled to meet them."""
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise ValueError(f"image: expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {height} x {width}")
     high, wide = (round(side / factor) * factor for side in (height, width))
-    if high * wide > max_pixels:
-        scale = math.sqrt(height * width / max_pixels)
+    if counted * high * wide > max_pixels:
+        scale = math.sqrt(frames * height * width / max_pixels)
         high, wide = (max(factor, math.floor(side / scale / factor) * factor) for side in (height, width))
-    elif high * wide < min_pixels:
-        scale = math.sqrt(min_pixels / (height * width))
+    elif counted * high * wide < min_pixels:
+        scale = math.sqrt(min_pixels / (frames * height * width))
         high, wide = (math.ceil(side * scale / factor) * factor for side in (height, width))
     return high, wide
