@@ -28,9 +28,8 @@ _PATCH_SIZES = {
     "temporal_patch_size": "temporal_patch_size",
     "spatial_merge_size": "merge_size",
 }
-_NAMES = _PATCH_SIZES | {
-    name: name for name in ("min_pixels", "max_pixels", "size", "image_mean", "image_std", "rescale_factor")
-}
+_BOUNDS = ("min_pixels", "max_pixels")
+_NAMES = _PATCH_SIZES | {name: name for name in (*_BOUNDS, "size", "image_mean", "image_std", "rescale_factor")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,7 @@ class PatchSettings(Normalisation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("min_pixels", "max_pixels", *_PATCH_SIZES):
+        for name in (*_BOUNDS, *_PATCH_SIZES):
             if getattr(self, name) is not None or name not in _PATCH_SIZES:
                 object.__setattr__(self, name, check_positive_int(name, getattr(self, name)))
         if not isinstance(self.of_the_clip, bool):
@@ -102,7 +101,9 @@ def read_settings(section: Section | None, defaults: PatchSettings, types: Seque
     """
     if section is None:
         return defaults
-    given = given_settings(section, types=types, resample=Image.Resampling.BICUBIC, names=_NAMES)
+    # transformers' processor of whole clips takes bounds from a size alone.
+    names = _NAMES if not defaults.of_the_clip else {n: of for n, of in _NAMES.items() if n not in _BOUNDS}
+    given = given_settings(section, types=types, resample=Image.Resampling.BICUBIC, names=names)
     with naming(section.source):
         bounds = _bounds(given.pop("size")) if "size" in given else {}
         return replace(defaults, **bounds | given)

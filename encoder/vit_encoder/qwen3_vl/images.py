@@ -48,7 +48,8 @@ class Qwen3VLImageSettings(QwenImageSettings):
 
         As in transformers, `min_pixels` and `max_pixels` win over a `size`, what a file leaves out is as in
         transformers' class, and videos that have no settings of their own have those of images. A video's bounds are
-        of the whole clip, but of each frame where the processor is `Qwen2VLVideoProcessor` or of an Omni.
+        of the whole clip, and a `size` alone has them; but of each frame, and as for images, where the processor is
+        `Qwen2VLVideoProcessor` or of an Omni.
 
         Args:
             source: the checkpoint's folder, of which processor_config.json, preprocessor_config.json and
