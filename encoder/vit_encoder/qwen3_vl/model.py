@@ -118,7 +118,9 @@ class DeepstackMerger(PatchMerger):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: [patches, hidden] -> [units, out_hidden_size]."""
-        merge: Any = self._region if can_nest_regions(self) else self._block
+        # The gradient of each lies elsewhere in that of all features: for torch 2.13 a backward of its own.
+        nested = not torch.is_grad_enabled() and can_nest_regions(self)
+        merge: Any = self._region if nested else self._block
         features: Tensor = merge(x)[0]
         return features
 
