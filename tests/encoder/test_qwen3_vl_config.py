@@ -88,7 +88,7 @@ def test_transformers_objects_and_their_files_are_read(name: str, tmp_path: Path
     import transformers
 
     make = getattr(transformers, name)
-    deepstack = {"deepstack_visual_indexes": []} if "5" in name else {}
+    deepstack: dict[str, Any] = {"deepstack_visual_indexes": []} if "5" in name else {}
     sizes = {**TINY, "in_channels": 4} | deepstack
     assert sizes.pop("rope_theta") != 300.0
     vision = sizes | {"rope_parameters": {"rope_type": "axial", "rope_theta": 300.0}}
@@ -228,7 +228,7 @@ def test_from_pretrained_reads_every_way_of_naming(prefix: str, omni: bool, tmp_
 
 
 def test_what_is_wrong_with_a_checkpoint_is_listed(tmp_path: Path) -> None:
-    wrong = {
+    wrong: dict[str, Any] = {
         "model.visual.blocks.1.attn.qkv.bias": None,
         "model.visual.deepstack_merger_list.0.norm.weight": torch.zeros(144),
         "model.visual.deepstack_merger_list.2.norm.weight": torch.zeros(576),

@@ -63,7 +63,8 @@ def processors(**size: int) -> tuple[Any, Any]:
 
 def folder_with(folder: Path, **files: dict[str, Any]) -> Path:
     """A checkpoint's folder with these files."""
-    for name, content in ({"config": {}} | files).items():
+    stub: dict[str, Any] = {"config": {}}
+    for name, content in (stub | files).items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
 
@@ -126,7 +127,7 @@ def test_the_patches_of_a_video_are_those_of_transformers(
 
 def test_one_budget_is_for_the_whole_clip() -> None:
     frame = np.zeros((640, 640, 3), np.uint8)
-    budget = {"min_pixels": 1, "max_pixels": 8 * 640 * 640}
+    budget: dict[str, Any] = {"min_pixels": 1, "max_pixels": 8 * 640 * 640}
     assert patch_image([frame] * 8, CONFIG, **budget).grid_thw.tolist() == [[4, 40, 40]]
     assert patch_image([frame] * 32, CONFIG, **budget).grid_thw.tolist() == [[16, 20, 20]]
     of_each = Qwen3VLImageSettings(video=PatchSettings(max_pixels=640 * 640))
