@@ -97,7 +97,7 @@ class _Forward(SharedForward):
         return BaseModelOutputWithPooling(pooler_output=features)
 
 
-class _FlatConvolution(nn.Module):
+class FlatConvolution(nn.Module):
     """The patch embedding's convolution as the linear layer that it is: each patch is one position of its kernel."""
 
     def __init__(self, embedding: nn.Module) -> None:
@@ -111,13 +111,13 @@ class _FlatConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: [patches, patch_dim] -> [patches, hidden]."""
-        return F.linear(x, self.weight.flatten(1))
+        return F.linear(x, self.weight.flatten(1), self.embedding.proj.bias)  # type: ignore[union-attr]
 
 
 def _encoder(vision: Any) -> Qwen2_5_VLVisionModel:
     with torch.device("meta"):
         model = Qwen2_5_VLVisionModel(Qwen2_5_VLVisionConfig.from_hf(vision.config))
-    model.encoder.patch_embed = _FlatConvolution(vision.patch_embed)  # type: ignore[assignment]
+    model.encoder.patch_embed = FlatConvolution(vision.patch_embed)  # type: ignore[assignment]
     ours: Any
     before: tuple[nn.Module, str] = model.encoder, "norm_in"
     for ours, theirs in zip(model.encoder.layers, vision.blocks, strict=True):
