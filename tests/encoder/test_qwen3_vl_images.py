@@ -77,6 +77,7 @@ def folder_with(folder: Path, **files: dict[str, Any]) -> Path:
 @example(5, 100, 100, 32, 2, 1, 4 * 96 * 96)
 @example(3, 31, 200 * 31, 32, 2, 1, 10**7)
 @example(7, 1, 190, 32, 2, 1, 10**7)
+@example(2, 17, 43, 32, 2, 1, 10**7)
 @example(1, 100, 100, 32, 2, 1, 10**7)
 def test_the_size_of_a_clip_is_that_of_transformers(
     frames: int, height: int, width: int, factor: int, temporal_factor: int, one: int, other: int
