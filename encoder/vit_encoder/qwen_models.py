@@ -154,7 +154,7 @@ class QwenVisionModel(nn.Module):
         raise NotImplementedError
 
     @staticmethod
-    def tensors(config: Any, folder: str | os.PathLike[str]) -> Mapping[str, HfTensors]:
+    def checkpoint_tensors(config: Any, folder: str | os.PathLike[str]) -> Mapping[str, HfTensors]:
         """Where the parameters stand in a checkpoint."""
         raise NotImplementedError
 
@@ -187,7 +187,7 @@ class QwenVisionModel(nn.Module):
         config = cls.CONFIG.from_hf(folder)  # type: ignore[attr-defined]
         settings = image_settings or cls.SETTINGS.from_hf(folder)  # type: ignore[attr-defined]
         make = partial(cls, config, compilation_config=compilation_config)
-        model = read_module(make, folder, cls.tensors(config, folder), dtype=dtype, device=device)
+        model = read_module(make, folder, cls.checkpoint_tensors(config, folder), dtype=dtype, device=device)
         model.image_settings = settings
         return model
 

@@ -16,6 +16,8 @@ from vit_encoder import CompilationConfig, Qwen3VLVisionConfig, Qwen3VLVisionMod
 from vit_encoder.checkpoints import to_hf_tensors
 from vit_encoder.qwen3_vl import VisionMetadata, reference_forward
 from vit_encoder.qwen3_vl.checkpoint import PREFIXES, vision_tensors
+from vit_kernels import force_impl
+from vit_kernels.testing import assert_close_to_reference, corrected_interpreter
 
 from experiments.common.peers import allow_torchvision_beside_cpu_torch
 from tests.encoder.qwen2_5_vl_batches import grids, patches
@@ -140,6 +142,18 @@ def test_the_parts_of_the_features_are_those_of_transformers() -> None:
     torch.testing.assert_close(list(deepstack), theirs.deepstack_features, rtol=1e-4, atol=1e-4)
     assert features.shape[1] == CONFIG.feature_width == 3 * CONFIG.out_hidden_size
     assert first.untyped_storage().data_ptr() == features.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_the_kernels_the_encoder_is_as_exact_as_on_pytorch(dtype: torch.dtype) -> None:
+    config = dataclasses.replace(CONFIG, depth=2, patch_size=4)
+    model, grid_thw = encoder(config, 0, dtype), torch.tensor([[1, 10, 4], [2, 4, 8], [1, 2, 2]])
+    pixel_values = patches(config, grid_thw, 0, dtype)
+    with corrected_interpreter() as counts, force_impl("triton"):
+        features = model(pixel_values, grid_thw)
+    assert counts.dot_flops > 0
+    expected = reference_forward(model, pixel_values, grid_thw)
+    assert_close_to_reference(features, expected, model(pixel_values, grid_thw))
 
 
 def without_a_boundary(metadata: VisionMetadata) -> VisionMetadata:

@@ -233,6 +233,6 @@ class Qwen2_5_VLVisionModel(QwenVisionModel):  # noqa: N801 (transformers' prefi
         return vision_metadata(grid_thw, self.config, device)
 
     @staticmethod
-    def tensors(config: Qwen2_5_VLVisionConfig, folder: str | os.PathLike[str]) -> Mapping[str, HfTensors]:
+    def checkpoint_tensors(config: Qwen2_5_VLVisionConfig, folder: str | os.PathLike[str]) -> Mapping[str, HfTensors]:
         """Where the parameters stand in a checkpoint."""
         return vision_tensors(config)

@@ -298,6 +298,6 @@ class Qwen3VLVisionModel(QwenVisionModel):
         return vision_metadata(grid_thw, self.config, device)
 
     @staticmethod
-    def tensors(config: Qwen3VLVisionConfig, folder: str | os.PathLike[str]) -> Mapping[str, HfTensors]:
+    def checkpoint_tensors(config: Qwen3VLVisionConfig, folder: str | os.PathLike[str]) -> Mapping[str, HfTensors]:
         """Where the parameters stand in a checkpoint."""
         return vision_tensors(config, omni=is_omni(folder))

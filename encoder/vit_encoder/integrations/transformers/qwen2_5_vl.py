@@ -100,6 +100,8 @@ class _Forward(SharedForward):
 class FlatConvolution(nn.Module):
     """The patch embedding's convolution as the linear layer that it is: each patch is one position of its kernel."""
 
+    embedding: Any
+
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
         self.embedding = embedding
@@ -107,11 +109,11 @@ class FlatConvolution(nn.Module):
     @property
     def weight(self) -> Any:
         """[hidden, channels, frames, height, width]."""
-        return self.embedding.proj.weight  # type: ignore[union-attr]
+        return self.embedding.proj.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: [patches, patch_dim] -> [patches, hidden]."""
-        return F.linear(x, self.weight.flatten(1), self.embedding.proj.bias)  # type: ignore[union-attr]
+        return F.linear(x, self.weight.flatten(1), self.embedding.proj.bias)
 
 
 def _encoder(vision: Any) -> Qwen2_5_VLVisionModel:
