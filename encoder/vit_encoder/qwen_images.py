@@ -76,6 +76,10 @@ class QwenImageSettings:
     Args:
         image: of a still image.
         video: of each frame of a video, or of the frames together.
+
+    Raises:
+        TypeError: these are no `PatchSettings`.
+        ValueError: bounds of a clip for a still image.
     """
 
     image: PatchSettings
@@ -85,6 +89,8 @@ class QwenImageSettings:
         for name in ("image", "video"):
             if not isinstance(value := getattr(self, name), PatchSettings):
                 raise TypeError(f"{name}: got {type(value).__name__}, expected PatchSettings")
+        if self.image.of_the_clip:
+            raise ValueError("image: got bounds of the clip, expected those of a still image")
 
 
 def read_settings(section: Section | None, defaults: PatchSettings, types: Sequence[str]) -> PatchSettings:

@@ -6,10 +6,10 @@ import importlib.util
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from vit_encoder import Llama4VisionModel, Qwen2_5_VLVisionModel, Qwen3VLVisionModel
@@ -94,7 +94,7 @@ def transformers_qwen2_5_vl(model: Qwen2_5_VLVisionModel) -> nn.Module | None:
 
 
 def transformers_qwen3_vl(model: Qwen3VLVisionModel) -> nn.Module | None:
-    """As `transformers_qwen2_5_vl`; the returned object also has a list of features in `deepstack_features`."""
+    """As `transformers_qwen2_5_vl`; `side_by_side` gives the features as our encoder does."""
     if importlib.util.find_spec("transformers") is None:
         return None
     from vit_encoder.checkpoints import to_hf_tensors
@@ -114,6 +114,11 @@ def transformers_qwen3_vl(model: Qwen3VLVisionModel) -> nn.Module | None:
     tensors = to_hf_tensors(dict(model.named_parameters()), vision_tensors(model.config))
     peer.load_state_dict({name.removeprefix(PREFIXES[0]): part for name, part in tensors.items()}, assign=True)
     return peer.eval()
+
+
+def side_by_side(output: Any) -> Tensor:
+    """The features in what a Qwen encoder of transformers returns: the merger's, then those of each deepstack layer."""
+    return torch.cat([output.pooler_output, *(getattr(output, "deepstack_features", None) or [])], dim=1)
 
 
 def _loads_compiled_ops(package: str) -> bool:

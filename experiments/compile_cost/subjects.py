@@ -14,7 +14,12 @@ from vit_encoder.qwen2_5_vl import model as qwen2_5_vl_model
 from vit_encoder.qwen3_vl import model as qwen3_vl_model
 from vit_encoder.qwen_configs import QwenVisionConfig
 
-from experiments.common.peers import transformers_qwen2_5_vl, transformers_qwen3_vl, transformers_vision_model
+from experiments.common.peers import (
+    side_by_side,
+    transformers_qwen2_5_vl,
+    transformers_qwen3_vl,
+    transformers_vision_model,
+)
 from experiments.common.weights import SEED, random_encoder
 
 CPU = torch.device("cpu")
@@ -90,7 +95,7 @@ def qwen2_5_vl(layers: int, heads: int) -> Subject:
         batches=[(values, *model.metadata(grid_thw, CPU)) for values, grid_thw in inputs],
         peer=lambda: transformers_qwen2_5_vl(model),
         peer_batches=inputs,
-        peer_features=lambda result: result.pooler_output,
+        peer_features=side_by_side,
     )
 
 
@@ -111,7 +116,7 @@ def qwen3_vl(layers: int, heads: int) -> Subject:
         batches=[(values, *model.metadata(grid_thw, CPU)) for values, grid_thw in inputs],
         peer=lambda: transformers_qwen3_vl(model),
         peer_batches=inputs,
-        peer_features=lambda result: torch.cat([result.pooler_output, *result.deepstack_features], dim=1),
+        peer_features=side_by_side,
     )
 
 

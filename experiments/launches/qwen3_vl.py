@@ -17,7 +17,7 @@ from vit_encoder import Qwen3VLVisionConfig, Qwen3VLVisionModel
 from vit_encoder.qwen3_vl import VisionMetadata
 from vit_encoder.testing import fake_cuda
 
-from experiments.common.peers import transformers_qwen3_vl
+from experiments.common.peers import side_by_side, transformers_qwen3_vl
 from experiments.common.roofline import ASSUMPTIONS
 from experiments.launches.inductor import Generated, generate_cuda_code
 from experiments.launches.qwen import Form, Forward, ours, ours_on_pytorch, report, with_one_call_of_attention
@@ -86,8 +86,7 @@ def transformers(model: Qwen3VLVisionModel, held: contextlib.ExitStack) -> Forwa
         taps, weights, cu_seqlens, _, _ = metadata
         computed = {"position_ids": places, "cu_seqlens": cu_seqlens, "max_seqlen": 4 * UNITS}
         interpolation = {"interp_indices": taps.flatten(0, 1), "interp_weights": weights.flatten(0, 1)}
-        found = peer(pixel_values, grid_thw=grid_thw, **computed, **interpolation)
-        return torch.cat([found.pooler_output, *found.deepstack_features], dim=1)
+        return side_by_side(peer(pixel_values, grid_thw=grid_thw, **computed, **interpolation))
 
     return forward
 

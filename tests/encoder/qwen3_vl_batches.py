@@ -8,7 +8,7 @@ from torch import Tensor
 from vit_encoder import Qwen3VLVisionConfig, Qwen3VLVisionModel
 from vit_encoder.qwen3_vl import initialise_
 
-from experiments.common.peers import transformers_qwen3_vl
+from experiments.common.peers import side_by_side, transformers_qwen3_vl
 
 
 def encoder(
@@ -30,8 +30,3 @@ def peer_of(model: Qwen3VLVisionModel) -> Callable[[Tensor, Tensor], Tensor]:
     peer = transformers_qwen3_vl(model)
     assert peer is not None
     return lambda pixel_values, grid_thw: side_by_side(peer(pixel_values, grid_thw=grid_thw))
-
-
-def side_by_side(output: Any) -> Tensor:
-    """The features in what an encoder of transformers returns."""
-    return torch.cat([output.pooler_output, *(getattr(output, "deepstack_features", None) or [])], dim=1)

@@ -17,9 +17,9 @@ from vit_encoder import Qwen3VLImageSettings, Qwen3VLVisionConfig, Qwen3VLVision
 from vit_encoder.checkpoints import to_hf_tensors
 from vit_encoder.qwen3_vl.checkpoint import PREFIXES, vision_tensors
 
-from experiments.common.peers import allow_torchvision_beside_cpu_torch
+from experiments.common.peers import allow_torchvision_beside_cpu_torch, side_by_side
 from tests.encoder.qwen2_5_vl_batches import patches
-from tests.encoder.qwen3_vl_batches import encoder, side_by_side
+from tests.encoder.qwen3_vl_batches import encoder
 
 PUBLISHED = {
     "deepstack_visual_indexes": [8, 16, 24],

@@ -279,5 +279,7 @@ def test_a_file_of_image_settings_of_videos_is_refused_for_images() -> None:
         Qwen3VLImageSettings.from_hf({"image_processor_type": "Qwen3VLVideoProcessor"})
     with pytest.raises(TypeError, match="of_the_clip: got int, expected a bool"):
         PatchSettings(of_the_clip=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="image: got bounds of the clip, expected those of a still image"):
+        Qwen3VLImageSettings(image=Qwen3VLImageSettings().video)
     assert isinstance(patch_image(pixels(30, 30), CONFIG), PatchedImage)
     assert isinstance(Qwen3VLVisionModel(CONFIG).image_settings, Qwen3VLImageSettings)

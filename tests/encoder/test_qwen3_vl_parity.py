@@ -19,9 +19,9 @@ from vit_encoder.qwen3_vl.checkpoint import PREFIXES, vision_tensors
 from vit_kernels import force_impl
 from vit_kernels.testing import assert_close_to_reference, corrected_interpreter
 
-from experiments.common.peers import allow_torchvision_beside_cpu_torch
+from experiments.common.peers import allow_torchvision_beside_cpu_torch, side_by_side
 from tests.encoder.qwen2_5_vl_batches import grids, patches
-from tests.encoder.qwen3_vl_batches import encoder, peer_of, side_by_side
+from tests.encoder.qwen3_vl_batches import encoder, peer_of
 from tests.encoder.qwen_parity import alone_and_among_others, assert_as_exact
 
 pytestmark = pytest.mark.costly

@@ -13,7 +13,7 @@ from vit_encoder import CompilationConfig, compilation_counter
 from vit_encoder.integrations.transformers import apply_to_qwen3_vl, revert_qwen3_vl
 from vit_kernels.testing import assert_close_to_reference
 
-from tests.encoder.qwen3_vl_batches import side_by_side
+from experiments.common.peers import side_by_side
 from tests.support import checkpoint_layers, saved_bytes
 
 IMAGE_TOKEN, VISION_START = 60, 58

@@ -190,9 +190,10 @@ class Qwen3VLVisionEncoder(nn.Module):
         x = x + self._positions(position_taps, position_weights).to(x.dtype)  # [patches, hidden]
         normed, rotation = self.norm_in(x), Rotation(cos, sin)  # [patches, hidden]
         deepstack: list[Tensor] = []
+        deepstack_layers = self.config.deepstack_layers
         for i, layer in enumerate(self.layers):
             x, normed = layer(x, normed, cu_seqlens, rotation)  # 2 x [patches, hidden]
-            if i in self.config.deepstack_layers:
+            if i in deepstack_layers:
                 deepstack.append(self.deepstack[len(deepstack)](x))  # [units, out_hidden_size]
         return torch.cat([self.merger(normed), *deepstack], dim=1)  # [units, feature_width]
 
