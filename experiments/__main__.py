@@ -29,6 +29,7 @@ COMMANDS = (
     Command("pytest experiments/kernels/microbenchmarks", "how fast is each op, beside eager and peers?", "1 min"),
     Command("python -m experiments.launches", "what does a layer of Llama 4 cost on a GPU?", "3 min"),
     Command("python -m experiments.launches.qwen2_5_vl", "and one of Qwen2.5-VL?", "1 min"),
+    Command("python -m experiments.launches.qwen3_vl", "and one of Qwen3-VL?", "2 min"),
     Command("python -m experiments.launches.ablation", "what is each kernel worth over Inductor alone?", "1 min"),
     Command("python -m experiments.compile_cost", "what does compiling cost, cold, warm and loaded?", "4 min"),
     Command("python -m experiments.compile_cost --calls", "what does a call cost before any arithmetic?", "1 min"),

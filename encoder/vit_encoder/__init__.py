@@ -24,6 +24,7 @@ from vit_encoder.llama4 import (
     tile_image,
 )
 from vit_encoder.qwen2_5_vl import Qwen2_5_VLImageSettings, Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel
+from vit_encoder.qwen3_vl import Qwen3VLImageSettings, Qwen3VLVisionConfig, Qwen3VLVisionModel
 
 __all__ = [
     "CompilationConfig",
@@ -35,6 +36,9 @@ __all__ = [
     "Qwen2_5_VLImageSettings",
     "Qwen2_5_VLVisionConfig",
     "Qwen2_5_VLVisionModel",
+    "Qwen3VLImageSettings",
+    "Qwen3VLVisionConfig",
+    "Qwen3VLVisionModel",
     "TiledImage",
     "compilation_counter",
     "encode_images",

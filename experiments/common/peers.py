@@ -6,13 +6,13 @@ import importlib.util
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from vit_encoder import Llama4VisionModel, Qwen2_5_VLVisionModel
+    from vit_encoder import Llama4VisionModel, Qwen2_5_VLVisionModel, Qwen3VLVisionModel
 
 _torchvision_ops: list[torch.library.Library] = []
 
@@ -97,6 +97,34 @@ def transformers_qwen2_5_vl(model: Qwen2_5_VLVisionModel) -> nn.Module | None:
     tensors = to_hf_tensors(dict(model.named_parameters()), vision_tensors(model.config))
     peer.load_state_dict({name.removeprefix(PREFIXES[0]): part for name, part in tensors.items()}, assign=True)
     return peer.eval()
+
+
+def transformers_qwen3_vl(model: Qwen3VLVisionModel) -> nn.Module | None:
+    """As `transformers_qwen2_5_vl`; `side_by_side` gives the features as our encoder does."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from vit_encoder.checkpoints import to_hf_tensors
+    from vit_encoder.qwen3_vl.checkpoint import PREFIXES, vision_tensors
+
+    allow_torchvision_beside_cpu_torch()
+    from transformers.models.qwen3_vl import configuration_qwen3_vl, modeling_qwen3_vl
+
+    sizes = asdict(model.config)
+    rope = {"rope_type": "axial", "rope_theta": sizes.pop("rope_theta")}
+    sizes["deepstack_visual_indexes"] = list(model.config.deepstack_layers)
+    config = configuration_qwen3_vl.Qwen3VLVisionConfig(**sizes, rope_parameters=rope, attn_implementation="sdpa")
+    with torch.device("meta"):
+        peer = modeling_qwen3_vl.Qwen3VLVisionModel(config)
+    # The rotary frequencies are no parameter.
+    peer.rotary_pos_emb = modeling_qwen3_vl.Qwen3VLVisionRotaryEmbedding(config)
+    tensors = to_hf_tensors(dict(model.named_parameters()), vision_tensors(model.config))
+    peer.load_state_dict({name.removeprefix(PREFIXES[0]): part for name, part in tensors.items()}, assign=True)
+    return peer.eval()
+
+
+def side_by_side(output: Any) -> Tensor:
+    """The features in what a Qwen encoder of transformers returns: the merger's, then those of each deepstack layer."""
+    return torch.cat([output.pooler_output, *(getattr(output, "deepstack_features", None) or [])], dim=1)
 
 
 def _loads_compiled_ops(package: str) -> bool:

@@ -5,10 +5,22 @@ from __future__ import annotations
 from typing import TypeAlias, overload
 
 import torch
-from vit_encoder import Llama4VisionConfig, Llama4VisionModel, Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel
+from vit_encoder import (
+    Llama4VisionConfig,
+    Llama4VisionModel,
+    Qwen2_5_VLVisionConfig,
+    Qwen2_5_VLVisionModel,
+    Qwen3VLVisionConfig,
+    Qwen3VLVisionModel,
+)
 from vit_encoder.initialise import initialise_
 
-VisionEncoder: TypeAlias = Llama4VisionModel | Qwen2_5_VLVisionModel
+VisionEncoder: TypeAlias = Llama4VisionModel | Qwen2_5_VLVisionModel | Qwen3VLVisionModel
+_ENCODERS: dict[type, type[VisionEncoder]] = {
+    Llama4VisionConfig: Llama4VisionModel,
+    Qwen2_5_VLVisionConfig: Qwen2_5_VLVisionModel,
+    Qwen3VLVisionConfig: Qwen3VLVisionModel,
+}
 
 SEED = 0
 
@@ -19,9 +31,14 @@ def random_encoder(config: Llama4VisionConfig, *, dtype: torch.dtype, device: to
 def random_encoder(
     config: Qwen2_5_VLVisionConfig, *, dtype: torch.dtype, device: torch.device
 ) -> Qwen2_5_VLVisionModel: ...
+@overload
+def random_encoder(config: Qwen3VLVisionConfig, *, dtype: torch.dtype, device: torch.device) -> Qwen3VLVisionModel: ...
 @torch.no_grad()
 def random_encoder(
-    config: Llama4VisionConfig | Qwen2_5_VLVisionConfig, *, dtype: torch.dtype, device: torch.device
+    config: Llama4VisionConfig | Qwen2_5_VLVisionConfig | Qwen3VLVisionConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> VisionEncoder:
     """Make an encoder with the scaled random weights of `initialise_`, with queries and keys at half their gain.
 
@@ -31,7 +48,7 @@ def random_encoder(
     """
     model: VisionEncoder
     with torch.device("meta"):
-        model = Llama4VisionModel(config) if isinstance(config, Llama4VisionConfig) else Qwen2_5_VLVisionModel(config)
+        model = _ENCODERS[type(config)](config)  # type: ignore[arg-type]
     model = model.to(dtype).to_empty(device=device).eval()
     initialise_(model, SEED)
     for name, parameter in model.named_parameters():

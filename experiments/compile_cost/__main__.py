@@ -47,6 +47,7 @@ GOALS = {
         Goal("load", None, 5.0),
     ),
     "qwen2_5_vl": (Goal("ours, cold", "plain", 0.5),),
+    "qwen3_vl": (Goal("ours, cold", "plain", 0.45),),
 }
 
 
@@ -59,7 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--calls", action="store_true", help="measure what a call costs instead; see --calls --help")
     parser.add_argument("--model", choices=SUBJECTS, default="llama4", help="the encoder (default: %(default)s)")
     parser.add_argument("--layers", type=cli.positive, default=34, metavar="N", help="default: %(default)s")
-    parser.add_argument("--heads", type=cli.positive, default=2, metavar="N", help="default: 2, so width 176 or 160")
+    parser.add_argument(
+        "--heads", type=cli.positive, default=2, metavar="N", help="default: 2, so width 176, 160 or 144"
+    )
     parser.add_argument("--rounds", type=cli.positive, default=1, metavar="N", help="default: 1, about 4 minutes")
     cli.add_out(parser, "JSON and PNG")
     options = parser.parse_args(arguments)

@@ -83,9 +83,9 @@ def _on(compiled: Callable[..., Any], batches: list[Batch], mark: Callable[[Tens
 
 def _plain(subject: Subject, options: argparse.Namespace) -> Call:
     """torch.compile of the same module, its layers inlined."""
-    layer, regions = subject.layer
-    for region in regions:
-        setattr(layer, region, layer._block)  # type: ignore[attr-defined]
+    for part, regions in subject.regions.items():
+        for region in regions:
+            setattr(part, region, part._block)  # type: ignore[attr-defined]
     compiled = torch.compile(subject.encoder.forward, fullgraph=True)
     return _on(compiled, subject.batches, torch._dynamo.decorators.mark_unbacked)
 
@@ -95,7 +95,7 @@ def _transformers(subject: Subject, options: argparse.Namespace) -> Call:
     assert isinstance(peer, nn.Module), "transformers is not installed"
     compiled = torch.compile(peer.forward)
     call = _on(compiled, subject.peer_batches, torch._dynamo.maybe_mark_dynamic)
-    return lambda index: getattr(call(index), subject.peer_features)
+    return lambda index: subject.peer_features(call(index))
 
 
 def _decorated(subject: Subject, options: argparse.Namespace) -> Call:

@@ -8,12 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vit_encoder import Llama4VisionConfig, Qwen2_5_VLVisionConfig
+from vit_encoder import Llama4VisionConfig, Qwen2_5_VLVisionConfig, Qwen3VLVisionConfig
 from vit_encoder.llama4 import model as llama4_model
 from vit_encoder.qwen2_5_vl import model as qwen2_5_vl_model
-from vit_encoder.qwen2_5_vl import vision_metadata
+from vit_encoder.qwen3_vl import model as qwen3_vl_model
+from vit_encoder.qwen_configs import QwenVisionConfig
 
-from experiments.common.peers import transformers_qwen2_5_vl, transformers_vision_model
+from experiments.common.peers import (
+    side_by_side,
+    transformers_qwen2_5_vl,
+    transformers_qwen3_vl,
+    transformers_vision_model,
+)
 from experiments.common.weights import SEED, random_encoder
 
 CPU = torch.device("cpu")
@@ -26,19 +32,19 @@ class Subject:
 
     Attributes:
         encoder: the decorated module.
-        layer: the class of its layers, and the names of their nested regions.
+        regions: the classes of its parts that are nested regions, and the names of these.
         batches: arguments of the encoder; the first compiles, dimension 0 of each varies.
         peer: makes transformers' module on the same weights, or None where that is not installed.
         peer_batches: its arguments.
-        peer_features: the attribute of its result that has the features.
+        peer_features: the features in its result.
     """
 
     encoder: Any
-    layer: tuple[type[nn.Module], tuple[str, ...]]
+    regions: dict[type[nn.Module], tuple[str, ...]]
     batches: list[Batch]
     peer: Callable[[], nn.Module | None]
     peer_batches: list[Batch]
-    peer_features: str
+    peer_features: Callable[[Any], Tensor]
 
 
 def llama4_config(layers: int, heads: int) -> Llama4VisionConfig:
@@ -64,11 +70,11 @@ def llama4(layers: int, heads: int) -> Subject:
     batches: list[Batch] = [(pixels(model.config, tiles),) for tiles in (2, 1, 17, 5)]
     return Subject(
         encoder=model,
-        layer=(llama4_model.EncoderLayer, ("_region",)),
+        regions={llama4_model.EncoderLayer: ("_region",)},
         batches=batches,
         peer=lambda: transformers_vision_model(model),
         peer_batches=batches,
-        peer_features="last_hidden_state",
+        peer_features=lambda result: result.last_hidden_state,
     )
 
 
@@ -82,22 +88,52 @@ def qwen2_5_vl(layers: int, heads: int) -> Subject:
         fullatt_block_indexes=tuple(range(3, layers, 4)),
     )
     model = random_encoder(config, dtype=torch.float32, device=CPU)
-    grids = [[[1, 10, 12], [1, 6, 8]], [[1, 2, 2]], [[2, 8, 8], [1, 12, 6], [1, 4, 30]], [[1, 16, 16]]]
-    inputs = [(_patches(config, torch.tensor(grid)), torch.tensor(grid)) for grid in grids]
+    inputs = _images_and_a_video(config)
     return Subject(
         encoder=model.encoder,
-        layer=(qwen2_5_vl_model.EncoderLayer, ("_window_region", "_full_region")),
-        batches=[(values, *vision_metadata(grid_thw, config, CPU)) for values, grid_thw in inputs],
+        regions={qwen2_5_vl_model.EncoderLayer: ("_window_region", "_full_region")},
+        batches=[(values, *model.metadata(grid_thw, CPU)) for values, grid_thw in inputs],
         peer=lambda: transformers_qwen2_5_vl(model),
-        peer_batches=list(inputs),
-        peer_features="pooler_output",
+        peer_batches=inputs,
+        peer_features=side_by_side,
     )
 
 
-def _patches(config: Qwen2_5_VLVisionConfig, grid_thw: Tensor) -> Tensor:
+def qwen3_vl(layers: int, heads: int) -> Subject:
+    """Qwen3-VL's encoder, three deepstack layers as far apart as they are, on batches of images and a video."""
+    config = replace(
+        Qwen3VLVisionConfig.tiny(),
+        depth=layers,
+        num_heads=heads,
+        hidden_size=72 * heads,
+        deepstack_visual_indexes=tuple(sorted({layers * i // 27 for i in (8, 16, 24)})),
+    )
+    model = random_encoder(config, dtype=torch.float32, device=CPU)
+    inputs = _images_and_a_video(config)
+    return Subject(
+        encoder=model.encoder,
+        regions={qwen3_vl_model.EncoderLayer: ("_region",), qwen3_vl_model.DeepstackMerger: ("_region",)},
+        batches=[(values, *model.metadata(grid_thw, CPU)) for values, grid_thw in inputs],
+        peer=lambda: transformers_qwen3_vl(model),
+        peer_batches=inputs,
+        peer_features=side_by_side,
+    )
+
+
+def _images_and_a_video(config: QwenVisionConfig) -> list[Batch]:
+    """Pixels and sizes of four batches."""
+    grids = [[[1, 10, 12], [1, 6, 8]], [[1, 2, 2]], [[2, 8, 8], [1, 12, 6], [1, 4, 30]], [[1, 16, 16]]]
+    return [(_patches(config, torch.tensor(grid)), torch.tensor(grid)) for grid in grids]
+
+
+def _patches(config: QwenVisionConfig, grid_thw: Tensor) -> Tensor:
     count = int(grid_thw.prod(dim=1).sum())
     return torch.randn(count, config.patch_dim, generator=torch.Generator().manual_seed(SEED + count))
 
 
-SUBJECTS: dict[str, Callable[[int, int], Subject]] = {"llama4": llama4, "qwen2_5_vl": qwen2_5_vl}
-HEAD_DIMS = {"llama4": 88, "qwen2_5_vl": 80}
+SUBJECTS: dict[str, Callable[[int, int], Subject]] = {
+    "llama4": llama4,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+}
+HEAD_DIMS = {"llama4": 88, "qwen2_5_vl": 80, "qwen3_vl": 72}

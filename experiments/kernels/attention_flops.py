@@ -33,10 +33,11 @@ NOTES = (
     "the counted kernels: those of every load and store over q, k, v and the output once; caches serve the rest.",
     "Counted kernels run with the blocks that they take on a GPU, ours with the default configuration, which is of "
     "64 x 64 on all five targets at these head_dims.",
-    "Models: whole tiles of queries x keys at the padded head_dim. flash-attn 2: 128 x 64 at 96 for head_dim 65 to 96 "
-    "(csrc/flash_attn/src/flash_fwd_launch_template.h, run_mha_fwd_hdim96); flash-attn 3: 192 x 144 at 96 (hopper/"
-    "tile_size.h, tile_size_fwd_sm90). transformers' sdpa calls PyTorch once a sequence, which takes "
-    "flash-attn 2's kernel on NVIDIA. vLLM asks for flash-attn first there, then for its Triton kernel.",
+    "Models: whole tiles of queries x keys at the padded head_dim. flash-attn 2: 128 x 128 at 64, 128 x 64 at 96 for "
+    "head_dim 65 to 96 (csrc/flash_attn/src/flash_fwd_launch_template.h, run_mha_fwd_hdim64 and run_mha_fwd_hdim96); "
+    "flash-attn 3: 192 x 192 at 64, 192 x 144 at 96 (hopper/tile_size.h, tile_size_fwd_sm90). transformers' sdpa calls "
+    "PyTorch once a sequence, which takes flash-attn 2's kernel on NVIDIA. vLLM asks for flash-attn first there, then "
+    "for its Triton kernel.",
     f"Microseconds, {HEADS} heads: {roofline.ASSUMPTIONS}",
 )
 
@@ -85,8 +86,10 @@ class Attention:
 
 
 def workloads() -> tuple[Workload, ...]:
-    """A tile of Llama 4; Qwen2.5-VL's windows; and its layers over a photograph of 74 x 54 patches."""
-    from vit_encoder import Qwen2_5_VLVisionConfig
+    """A tile of Llama 4; Qwen2.5-VL's windows, and its layers over a photograph of 74 x 54 patches; Qwen3-VL over a VGA
+    image and a clip.
+    """
+    from vit_encoder import Qwen2_5_VLVisionConfig, Qwen3VLVisionConfig
     from vit_encoder.qwen2_5_vl import vision_metadata
 
     config = Qwen2_5_VLVisionConfig.qwen2_5_vl_7b()
@@ -94,12 +97,16 @@ def workloads() -> tuple[Workload, ...]:
     windows, whole = (_lengths(bounds) for bounds in (metadata.cu_window_seqlens, metadata.cu_seqlens))
     full = len(config.fullatt_block_indexes)
     width = config.head_dim
+    wide, narrow = Qwen3VLVisionConfig.qwen3_vl_8b(), Qwen3VLVisionConfig.qwen3_vl_2b()
     return (
         Workload("Llama 4, a tile of 577 tokens", HEAD_DIM, ((1, (POSITIONS,)),)),
         Workload("Qwen2.5-VL, windows of 64 patches", width, ((1, (64,) * 4),)),
         Workload("Qwen2.5-VL, 74 x 54 patches in windows", width, ((1, windows),)),
         Workload("Qwen2.5-VL, 74 x 54 patches whole", width, ((1, whole),)),
         Workload("Qwen2.5-VL, 74 x 54 patches, all layers", width, ((config.depth - full, windows), (full, whole))),
+        Workload("Qwen3-VL 8B, 40 x 30 patches, all layers", wide.head_dim, ((wide.depth, (40 * 30,)),)),
+        Workload("Qwen3-VL 8B, 8 frames of 36 x 20 patches, all layers", wide.head_dim, ((wide.depth, (720,) * 8),)),
+        Workload("Qwen3-VL 2B, 40 x 30 patches, all layers", narrow.head_dim, ((narrow.depth, (40 * 30,)),)),
     )
 
 
@@ -140,24 +147,32 @@ def vllm_prefill(lengths: Lengths, head_dim: int) -> OperationCounts:
     return counts
 
 
-def tiles(queries: int, keys: int, padded_head_dim: int) -> Count:
-    """A model: whole tiles of queries x keys, both products at the padded head_dim."""
+def tiles(shapes: dict[int, tuple[int, int]]) -> Count:
+    """A model: whole tiles, both products at the padded head_dim.
+
+    Args:
+        shapes: queries and keys of a tile for each head_dim that others are padded to, the smallest first.
+    """
 
     def count(lengths: Lengths, head_dim: int) -> OperationCounts:
         from vit_kernels.testing.counts import OperationCounts
 
+        padded = next(size for size in shapes if size >= head_dim)
+        queries, keys = shapes[padded]
         area = sum(-(-length // queries) * queries * -(-length // keys) * keys for length in lengths)
-        return OperationCounts(dot_flops=4 * area * padded_head_dim, exp2=area)
+        return OperationCounts(dot_flops=4 * area * padded, exp2=area)
 
     return count
 
 
+_FLASH_2, _FLASH_3 = tiles({64: (128, 128), 96: (128, 64)}), tiles({64: (192, 192), 96: (192, 144)})
+
 ATTENTIONS = (
     Attention("ours", "vit-kernels", "vit_kernels", "counted", ours),
     Attention("vLLM's Triton kernel", "vllm", PREFILL, "counted", vllm_prefill),
-    Attention("flash-attn 2", "flash-attn", None, "model", tiles(128, 64, 96)),
-    Attention("flash-attn 3", "flash-attn", None, "model", tiles(192, 144, 96)),
-    Attention("transformers, sdpa", "transformers", "transformers", "model", tiles(128, 64, 96), lambda n: n),
+    Attention("flash-attn 2", "flash-attn", None, "model", _FLASH_2),
+    Attention("flash-attn 3", "flash-attn", None, "model", _FLASH_3),
+    Attention("transformers, sdpa", "transformers", "transformers", "model", _FLASH_2, lambda n: n),
 )
 
 

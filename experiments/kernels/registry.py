@@ -264,6 +264,13 @@ OURS = (
         positions=25,
     ),
     Kernel(
+        name="rotary_2d_qkv_ in halves",
+        launcher="vit_kernels._triton.rotary_2d:launch_in_place",
+        arguments=_rotary(False),
+        compulsory_bytes=_rotary_bytes,
+        positions=25,
+    ),
+    Kernel(
         name="pixel_shuffle",
         launcher="vit_kernels._triton.pixel_shuffle:launch",
         arguments=_shuffle,

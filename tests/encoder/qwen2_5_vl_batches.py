@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from vit_encoder import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel
 from vit_encoder.qwen2_5_vl import initialise_
+from vit_encoder.qwen_configs import QwenVisionConfig
 
 
 @st.composite
@@ -30,9 +31,7 @@ def encoder(
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def patches(
-    config: Qwen2_5_VLVisionConfig, grid_thw: Tensor, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def patches(config: QwenVisionConfig, grid_thw: Tensor, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normalised pixels [patches, patch_dim]."""
     generator = torch.Generator().manual_seed(seed)
     count = int(grid_thw.prod(dim=1).sum())

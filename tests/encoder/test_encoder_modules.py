@@ -26,7 +26,12 @@ from torch.distributed.fsdp import (
 from torch.utils.checkpoint import checkpoint
 from vit_encoder import CompilationConfig, Llama4VisionConfig, Llama4VisionModel, whole_graph
 from vit_encoder.initialise import initialise_
-from vit_encoder.qwen2_5_vl import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel, reference_forward, vision_metadata
+from vit_encoder.qwen2_5_vl import Qwen2_5_VLVisionConfig, Qwen2_5_VLVisionModel
+from vit_encoder.qwen2_5_vl import reference_forward as qwen2_5_vl_reference
+from vit_encoder.qwen2_5_vl import vision_metadata as qwen2_5_vl_metadata
+from vit_encoder.qwen3_vl import Qwen3VLVisionConfig, Qwen3VLVisionModel
+from vit_encoder.qwen3_vl import reference_forward as qwen3_vl_reference
+from vit_encoder.qwen3_vl import vision_metadata as qwen3_vl_metadata
 
 from tests.encoder.qwen2_5_vl_batches import patches, relative_error
 
@@ -48,11 +53,23 @@ def qwen2_5_vl(**kwargs: Any) -> Qwen2_5_VLVisionModel:
     return model.eval()
 
 
+def qwen3_vl(**kwargs: Any) -> Qwen3VLVisionModel:
+    model = Qwen3VLVisionModel(Qwen3VLVisionConfig.tiny(), **kwargs)
+    initialise_(model)
+    return model.eval()
+
+
 def batch(model: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """Arguments of the encoder."""
     if isinstance(model, Llama4VisionModel):
         return ((torch.rand(2, 3, 112, 112, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(dtype),)
-    return patches(Qwen2_5_VLVisionConfig.tiny(), GRID, dtype=dtype), GRID
+    return patches(config_of(model), GRID, dtype=dtype), GRID
+
+
+def config_of(model: nn.Module) -> Any:
+    """The tiny one of a Qwen encoder, which may be wrapped."""
+    is_qwen3_vl = any(isinstance(module, Qwen3VLVisionModel) for module in model.modules())
+    return Qwen3VLVisionConfig.tiny() if is_qwen3_vl else Qwen2_5_VLVisionConfig.tiny()
 
 
 def layers_of(model: Any) -> nn.ModuleList:
@@ -65,7 +82,7 @@ def inner(model: Any) -> Any:
     return model if isinstance(model, Llama4VisionModel) else model.encoder
 
 
-ENCODERS = pytest.mark.parametrize("make", [llama4, qwen2_5_vl])
+ENCODERS = pytest.mark.parametrize("make", [llama4, qwen2_5_vl, qwen3_vl])
 Make = Callable[..., nn.Module]
 
 
@@ -480,7 +497,15 @@ def inner_arguments(model: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Te
     """Those of the decorated module."""
     if isinstance(model, Llama4VisionModel):
         return arguments
-    return arguments[0], *vision_metadata(arguments[1], Qwen2_5_VLVisionConfig.tiny(), "cpu")
+    return arguments[0], *METADATA[type(model)](arguments[1], config_of(model), "cpu")
+
+
+METADATA: dict[type, Callable[..., tuple[Tensor, ...]]] = {
+    Qwen2_5_VLVisionModel: qwen2_5_vl_metadata,
+    Qwen3VLVisionModel: qwen3_vl_metadata,
+}
+REFERENCES = {Qwen2_5_VLVisionModel: qwen2_5_vl_reference, Qwen3VLVisionModel: qwen3_vl_reference}
+QWENS = pytest.mark.parametrize("make", [qwen2_5_vl, qwen3_vl])
 
 
 @ENCODERS
@@ -500,7 +525,7 @@ def test_the_first_layers_are_the_encoder_of_so_many(make: Make) -> None:
     weights = {name: p for name, p in whole.state_dict().items() if "layers." not in name or "layers.0." in name}
     last = {name: p for name, p in whole.state_dict().items() if f"layers.{len(layers_of(whole)) - 1}.norm_out" in name}
     weights |= {name.replace(f"layers.{len(layers_of(whole)) - 1}.", "layers.0."): p for name, p in last.items()}
-    made.load_state_dict(weights)
+    made.load_state_dict({name: p for name, p in weights.items() if name in made.state_dict()})
     assert torch.equal(model(*arguments), made.eval()(*arguments))
 
 
@@ -535,9 +560,9 @@ def test_the_eps_of_a_norm_is_a_constant(make: Make) -> None:
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("dynamic", [None, True, False])
 @torch.no_grad()
-def test_both_encoders_in_the_user_s_own_torch_compile(dynamic: bool | None) -> None:
+def test_all_encoders_in_the_user_s_own_torch_compile(dynamic: bool | None) -> None:
     """One after the other, as the second finds what differs from the first, such as a norm's eps, varying."""
-    for make in (llama4, qwen2_5_vl):
+    for make in (llama4, qwen2_5_vl, qwen3_vl):
         model = make()
         arguments = inner_arguments(model, batch(model))
         expected = inner(model)(*arguments)
@@ -581,12 +606,13 @@ def test_a_default_device_or_dtype_changes_no_call(
 
 
 @pytest.mark.parametrize("default", DEFAULTS, ids=["meta", "float64", "float16", "bfloat16"])
+@QWENS
 def test_a_default_device_or_dtype_changes_no_metadata_and_no_reference(
-    default: Callable[[], contextlib.AbstractContextManager[Any]],
+    make: Make, default: Callable[[], contextlib.AbstractContextManager[Any]]
 ) -> None:
-    model = qwen2_5_vl()
+    model: Any = make()
     arguments = batch(model)
-    config = Qwen2_5_VLVisionConfig.tiny()
+    config, vision_metadata, reference_forward = model.config, METADATA[type(model)], REFERENCES[type(model)]
     expected, reference = vision_metadata(GRID, config, "cpu"), reference_forward(model, *arguments)
     with default():
         actual = vision_metadata(GRID, config, "cpu")
@@ -608,10 +634,12 @@ def test_a_default_dtype_is_that_of_a_new_encoder_but_not_of_its_tables(make: Ma
     assert model(*batch(model, dtype)).dtype == dtype
 
 
-def test_metadata_without_a_device_lie_on_the_default_one() -> None:
+@QWENS
+def test_metadata_without_a_device_lie_on_the_default_one(make: Make) -> None:
+    model: Any = make()
     with torch.device("meta"):
-        assert {tensor.device.type for tensor in vision_metadata(GRID, Qwen2_5_VLVisionConfig.tiny())} == {"meta"}
-    assert {tensor.device.type for tensor in vision_metadata(GRID, Qwen2_5_VLVisionConfig.tiny())} == {"cpu"}
+        assert {tensor.device.type for tensor in METADATA[type(model)](GRID, model.config)} == {"meta"}
+    assert {tensor.device.type for tensor in METADATA[type(model)](GRID, model.config)} == {"cpu"}
 
 
 def doubled(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ Both are compared with an fp64 run of those weights, as in `test_parity.py`.
 """
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from vit_encoder.qwen2_5_vl import reference_forward
 
 from experiments.common.peers import transformers_qwen2_5_vl
 from tests.encoder.qwen2_5_vl_batches import encoder, grids, patches
+from tests.encoder.qwen_parity import alone_and_among_others, assert_as_exact
 
 pytestmark = pytest.mark.costly
 
@@ -51,29 +53,11 @@ def peer_of(model: Qwen2_5_VLVisionModel) -> nn.Module:
 
 
 def assert_as_exact_as_transformers(model: Qwen2_5_VLVisionModel, *batches: tuple[Tensor, Tensor]) -> None:
-    """RMS error of all batches together against fp64: at most 1.5 times transformers', the largest error 4 times.
-
-    One query whose softmax hangs in the balance makes the error of a small image, and the largest of many: over 100
-    random encoders and 400 units the RMS errors' ratio was 0.90 in bf16 and 1.00 in fp32, at most 1.23; the largest
-    errors' 0.9 and 1.0 in the median, but 1.7 in one of twenty and 2.6 once.
-    """
+    """As `assert_as_exact`, of this encoder."""
     peer = peer_of(model)
-    ours, theirs = [], []
-    for pixel_values, grid_thw in batches:
-        expected = reference_forward(model, pixel_values, grid_thw)
-        ours.append((model(pixel_values, grid_thw).double() - expected).abs().flatten())
-        theirs.append((peer(pixel_values, grid_thw=grid_thw).pooler_output.double() - expected).abs().flatten())
-    assert torch.cat(ours).square().mean().sqrt() <= 1.5 * torch.cat(theirs).square().mean().sqrt()
-    assert torch.cat(ours).max() <= 4 * torch.cat(theirs).max()
-
-
-def alone_and_among_others(
-    config: Qwen2_5_VLVisionConfig, grid_thw: Tensor, seed: int, dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor]]:
-    """A batch, and one of enough such images for their errors to be those of the arithmetic, not of chance."""
-    units = int(grid_thw.prod(dim=1).sum()) // config.merge_unit
-    many = grid_thw.repeat(1 + 300 // units, 1)
-    return [(patches(config, grids, seed, dtype), grids) for grids in (grid_thw, many)]
+    assert_as_exact(
+        model, lambda x, grid_thw: peer(x, grid_thw=grid_thw).pooler_output, partial(reference_forward, model), *batches
+    )
 
 
 @pytest.mark.quick

@@ -17,7 +17,10 @@ from experiments.common.peers import transformers_qwen2_5_vl
 from experiments.kernels import attention_flops
 from tests.encoder.qwen2_5_vl_batches import encoder, patches
 
-WORKLOADS = {workload.name.partition(", ")[2]: workload for workload in attention_flops.workloads()}
+WORKLOADS = {
+    workload.name.partition(", ")[2] if "Qwen2.5-VL" in workload.name else workload.name: workload
+    for workload in attention_flops.workloads()
+}
 
 
 def test_whole_windows_pad_nothing_to_speak_of() -> None:
@@ -29,6 +32,14 @@ def test_a_photograph_with_ragged_windows_and_full_attention() -> None:
     assert sorted(set(windows)) == [12, 16, 48, 64]
     assert whole == (sum(windows),) == (74 * 54,)
     assert ratio("74 x 54 patches, all layers") <= 1.15
+
+
+@pytest.mark.parametrize(
+    ("workload", "bound"),
+    [("8B, 40 x 30", 1.15), ("8B, 8 frames of 36 x 20", 1.18), ("2B, 40 x 30", 1.03)],
+)
+def test_qwen3_vl_s_heads_of_72_and_64(workload: str, bound: float) -> None:
+    assert ratio(f"Qwen3-VL {workload} patches, all layers") <= bound
 
 
 def ratio(workload: str) -> float:
@@ -63,9 +74,13 @@ def test_the_layers_times_add_up() -> None:
 
 
 def test_a_model_takes_whole_tiles_of_each_sequence() -> None:
-    counts = attention_flops.tiles(128, 64, 96)((129, 64), 80)
+    model = attention_flops.tiles({64: (128, 128), 96: (128, 64)})
+    counts = model((129, 64), 80)
     assert counts.exp2 == 256 * 192 + 128 * 64
     assert counts.dot_flops == 4 * 96 * counts.exp2
+    counts = model((129, 64), 64)
+    assert counts.exp2 == 256 * 256 + 128 * 128
+    assert counts.dot_flops == 4 * 64 * counts.exp2
 
 
 def test_transformers_calls_pytorch_once_a_sequence() -> None:

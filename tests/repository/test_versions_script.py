@@ -104,6 +104,7 @@ def test_the_oldest_transformers_runs_the_tests_of_its_integration_alone(project
         "tests/integrations/test_transformers_attention.py",
         "tests/integrations/test_transformers_integration.py",
         "tests/integrations/test_transformers_qwen2_5_vl.py",
+        "tests/integrations/test_transformers_qwen3_vl.py",
     ]
     assert "experiments" not in calls
 

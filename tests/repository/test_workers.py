@@ -113,6 +113,6 @@ def test_without_workers_the_caches_are_the_user_s(tmp_path: Path, argument: str
 
 def test_the_quick_run_has_examples_of_every_op_and_encoder() -> None:
     ops = {name.rstrip("_") for name in vit_kernels.__all__} - {"force_impl"}
-    of_encoders = {"parity", "qwen2_5_vl_parity", "whole_graph", "qwen2_5_vl_whole_graph"}
+    of_encoders = {f"{of}{what}" for of in ("", "qwen2_5_vl_", "qwen3_vl_") for what in ("parity", "whole_graph")}
     marked = {path.stem for path in TESTS.rglob("test_*.py") if "pytest.mark.quick\n" in path.read_text()}
     assert {f"test_{name}" for name in ops | of_encoders | {"import_graph"}} <= marked

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vit_encoder.configs import (
-    HfConfig,
-    as_mapping,
-    check_head_dim,
-    check_positive,
-    is_integer,
-    rope_theta,
-    side,
-    whole_config,
-)
+from vit_encoder.configs import HfConfig
+from vit_encoder.qwen_configs import QwenVisionConfig, read_vision_config
 
 # Right for every Qwen2.5-VL: the published configurations have neither in_channels nor rope_theta.
 _ALWAYS = {"in_channels": 3, "rope_theta": 10000.0}
@@ -33,17 +24,10 @@ _DEFAULTS = {
     "fullatt_block_indexes": (7, 15, 23, 31),
 }
 _MODEL_TYPES = ("qwen2_5_vl", "qwen2_5_vl_vision")
-# Other names of a field in published configurations, or in transformers' attribute_map.
-_ALIASES = {
-    "depth": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "in_channels": "in_chans",
-    "patch_size": "spatial_patch_size",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qwen2_5_VLVisionConfig:  # noqa: N801 (transformers' name)
+class Qwen2_5_VLVisionConfig(QwenVisionConfig):  # noqa: N801 (transformers' name)
     """Sizes of the vision encoder, named as in the Hugging Face `vision_config`; the defaults are Qwen2.5-VL 7B's.
 
     Only fields that change the computation are here: RMSNorm's eps is always 1e-6, the MLP's activation SiLU and the
@@ -68,25 +52,13 @@ class Qwen2_5_VLVisionConfig:  # noqa: N801 (transformers' name)
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.name != "fullatt_block_indexes":
-                number = check_positive(field.name, getattr(self, field.name), whole=field.type == "int")
-                object.__setattr__(self, field.name, number)
-        self._check_blocks()
-        check_head_dim("num_heads", self.hidden_size, self.num_heads)
+        super().__post_init__()
+        self._check_blocks("fullatt_block_indexes")
         unit = self.patch_size * self.spatial_merge_size
         if self.window_size % unit:
             raise ValueError(
                 f"window_size must be a multiple of patch_size * spatial_merge_size = {unit}, got {self.window_size}"
             )
-
-    def _check_blocks(self) -> None:
-        indexes = self.fullatt_block_indexes
-        if not isinstance(indexes, list | tuple) or not all(is_integer(index) for index in indexes):
-            raise TypeError(f"fullatt_block_indexes must be a sequence of integers, got {indexes!r}")
-        if any(index < 0 for index in indexes):
-            raise ValueError(f"fullatt_block_indexes must not be negative, got {indexes!r}")
-        object.__setattr__(self, "fullatt_block_indexes", tuple(int(index) for index in indexes))
 
     @classmethod
     def qwen2_5_vl_3b(cls) -> Qwen2_5_VLVisionConfig:
@@ -135,35 +107,8 @@ class Qwen2_5_VLVisionConfig:  # noqa: N801 (transformers' name)
         rotary embeddings and for sizes that do not fit together; TypeError for anything else than a configuration;
         OSError, which says what to pass, for a path that cannot be read, such as a hub id.
         """
-        whole = whole_config(config)
-        section = as_mapping("vision_config", whole.get("vision_config", whole))
-        defaults = _ALWAYS | (_DEFAULTS if _is_short_form(whole, section) else {})
-        given = {field.name: _found(field.name, section, defaults) for field in fields(cls)}
-        given["patch_size"] = side("patch_size", given["patch_size"])
-        if (theta := rope_theta(section)) is not None:
-            given["rope_theta"] = theta
-        if missing := [name for name, value in given.items() if value is None]:
-            raise ValueError(f"the vision configuration lacks {', '.join(missing)}; it has {list(section)}")
-        if section is not whole and "out_hidden_size" not in section:
-            _check_text_width(given["out_hidden_size"], whole)
-        if (activation := section.get("hidden_act", "silu")) != "silu":
-            raise ValueError(f"hidden_act must be silu, got {activation!r}")
-        return cls(**given)
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return self.hidden_size // self.num_heads
-
-    @property
-    def patch_dim(self) -> int:
-        """Numbers in one flattened patch: of all channels and of `temporal_patch_size` frames."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
-
-    @property
-    def merge_unit(self) -> int:
-        """Patches that are merged into one feature: `spatial_merge_size` along each side."""
-        return self.spatial_merge_size**2
+        names = [field.name for field in fields(cls)]
+        return cls(**read_vision_config(config, names, always=_ALWAYS, defaults=_defaults, activation="silu"))
 
     @property
     def window_units(self) -> int:
@@ -171,25 +116,5 @@ class Qwen2_5_VLVisionConfig:  # noqa: N801 (transformers' name)
         return self.window_size // (self.patch_size * self.spatial_merge_size)
 
 
-def _is_short_form(whole: Mapping[str, Any], section: Mapping[str, Any]) -> bool:
-    """Whether what the section lacks are the defaults of transformers' class.
-
-    A whole model's configuration without a vision_config has sizes under the same names, which are the text model's.
-    """
-    is_text = section is whole and ("vocab_size" in whole or "text_config" in whole)
-    return section.get("model_type", whole.get("model_type")) in _MODEL_TYPES and not is_text
-
-
-def _found(name: str, section: Mapping[str, Any], defaults: Mapping[str, object]) -> Any:
-    if name not in section and _ALIASES.get(name) in section:
-        return section[_ALIASES[name]]
-    return section.get(name, defaults.get(name))
-
-
-def _check_text_width(out_hidden_size: int, whole: Mapping[str, Any]) -> None:
-    text = as_mapping("text_config", whole.get("text_config") or whole)
-    if (width := text.get("hidden_size", out_hidden_size)) != out_hidden_size:
-        raise ValueError(
-            f"the vision configuration lacks out_hidden_size: transformers' default, {out_hidden_size}, is not the "
-            f"text model's hidden_size, {width}"
-        )
+def _defaults(model_type: Any) -> dict[str, object]:
+    return _DEFAULTS if model_type in _MODEL_TYPES else {}

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from vit_encoder.image_settings import naming
-from vit_encoder.images import ImageInput, check_images, placement
-from vit_encoder.qwen2_5_vl.config import Qwen2_5_VLVisionConfig
+from vit_encoder.images import ImageInput
 from vit_encoder.qwen2_5_vl.images import PatchedImage, Qwen2_5_VLImageSettings, patch_image
 from vit_encoder.qwen2_5_vl.model import Qwen2_5_VLVisionModel
+from vit_encoder.qwen_encode import encode
 
 
 def encode_images(
@@ -39,17 +37,4 @@ def encode_images(
         OSError: an image file is missing or cannot be decoded.
         Those about one image name its index.
     """
-    check_images(images)
-    config = getattr(model, "config", None)
-    placed = placement(model) if isinstance(config, Qwen2_5_VLVisionConfig) else None
-    if placed is None:
-        raise TypeError(f"model: expected a Qwen2_5_VLVisionModel, got {type(model).__name__}")
-    patched = []
-    for index, image in enumerate(images):
-        with naming(f"images[{index}]"):
-            if not isinstance(image, PatchedImage):
-                image = patch_image(image, model.config, settings=settings or model.image_settings)
-            patched.append(image)
-    grid_thw = torch.cat([image.grid_thw for image in patched])  # [images, 3]
-    features = model(torch.cat([image.pixel_values.to(*placed) for image in patched]), grid_thw)
-    return list(features.split((grid_thw.prod(dim=1) // model.config.merge_unit).tolist()))
+    return encode(model, images, settings, expected=Qwen2_5_VLVisionModel, patch_image=patch_image)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vit_encoder.qwen2_5_vl.config import Qwen2_5_VLVisionConfig
-from vit_encoder.rotary import axial_frequencies
+from vit_encoder.qwen_grids import Units, boundaries, check_grid, patch_positions, rotary_tables, units_of
 
 
 class VisionMetadata(NamedTuple):
@@ -33,16 +33,6 @@ class VisionMetadata(NamedTuple):
     sin: Tensor
 
 
-class _Units(NamedTuple):
-    """For every unit the first unit of its frame, its row and column, and its frame's height and width in units."""
-
-    start: Tensor
-    row: Tensor
-    column: Tensor
-    height: Tensor
-    width: Tensor
-
-
 def vision_metadata(
     grid_thw: Tensor, config: Qwen2_5_VLVisionConfig, device: torch.device | str | None = None
 ) -> VisionMetadata:
@@ -63,38 +53,25 @@ def vision_metadata(
         TypeError: `grid_thw` is no tensor of integers.
         ValueError: another shape or device, no image at all, or rows and columns that do not divide into units.
     """
-    _check_grid(grid_thw, config)
+    check_grid(grid_thw, config.spatial_merge_size)
     device = torch.get_default_device() if device is None else device
-    frames, heights, widths = grid_thw.long().unbind(1)
-    heights = (heights // config.spatial_merge_size).repeat_interleave(frames)  # [frames]
-    widths = (widths // config.spatial_merge_size).repeat_interleave(frames)  # [frames]
-    sizes = heights * widths  # [frames]
-    units = _units(heights, widths, sizes)  # [units] each
+    units, sizes = units_of(grid_thw, config.spatial_merge_size)  # [units] each, [frames]
     reverse_index, is_first = _window_order(units, config.window_units)  # [units], [units]
     window_index = torch.empty_like(reverse_index)
     window_index[reverse_index] = torch.arange(len(reverse_index), device="cpu")
     ends = torch.cat([is_first[window_index].nonzero()[1:, 0], sizes.sum()[None]])  # [windows]
-    cos, sin = _tables(units, window_index, config, device)
+    rows, columns = units.row[window_index], units.column[window_index]  # [units] each
+    positions = patch_positions(rows, columns, config.spatial_merge_size)  # [units, merge_unit, 2]
     return VisionMetadata(
         window_index.to(device),
         reverse_index.to(device),
-        _boundaries(sizes.cumsum(0), config).to(device),
-        _boundaries(ends, config).to(device),
-        cos,
-        sin,
+        boundaries(sizes.cumsum(0), config.merge_unit).to(device),
+        boundaries(ends, config.merge_unit).to(device),
+        *rotary_tables(positions.to(device, torch.float32), config),
     )
 
 
-def _units(heights: Tensor, widths: Tensor, sizes: Tensor) -> _Units:
-    def of_each_unit(of_each_frame: Tensor) -> Tensor:
-        return of_each_frame.repeat_interleave(sizes)
-
-    start, width = of_each_unit(sizes.cumsum(0) - sizes), of_each_unit(widths)
-    place = torch.arange(len(start), device="cpu") - start
-    return _Units(start, place // width, place % width, of_each_unit(heights), width)
-
-
-def _window_order(units: _Units, side: int) -> tuple[Tensor, Tensor]:
+def _window_order(units: Units, side: int) -> tuple[Tensor, Tensor]:
     """The place of each unit in the window order, and whether it is the first of its window."""
     top, left = units.row // side * side, units.column // side * side
     high, wide = (units.height - top).clamp(max=side), (units.width - left).clamp(max=side)
@@ -102,37 +79,3 @@ def _window_order(units: _Units, side: int) -> tuple[Tensor, Tensor]:
     above, beside = top * units.width, high * left
     within = (units.row - top) * wide + units.column - left
     return units.start + above + beside + within, within == 0
-
-
-def _boundaries(ends: Tensor, config: Qwen2_5_VLVisionConfig) -> Tensor:
-    return torch.nn.functional.pad(ends * config.merge_unit, (1, 0)).int()
-
-
-def _tables(
-    units: _Units, window_index: Tensor, config: Qwen2_5_VLVisionConfig, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
-    merge = config.spatial_merge_size
-    corners = torch.stack([units.row, units.column], dim=-1)[window_index] * merge  # [units, 2]
-    side = torch.arange(merge, device="cpu")
-    inner = torch.cartesian_prod(side, side).view(-1, 2)  # [merge_unit, 2]
-    positions = (corners[:, None] + inner).flatten(0, 1).to(device, torch.float32)  # [patches, 2]
-    frequencies = axial_frequencies(config.head_dim, config.rope_theta, device)  # [head_dim // 4]
-    angles = (positions[..., None] * frequencies).flatten(1)  # [patches, head_dim // 2]
-    return angles.cos(), angles.sin()
-
-
-def _check_grid(grid_thw: Tensor, config: Qwen2_5_VLVisionConfig) -> None:
-    if not isinstance(grid_thw, Tensor) or grid_thw.is_floating_point() or grid_thw.dtype == torch.bool:
-        received = grid_thw.dtype if isinstance(grid_thw, Tensor) else type(grid_thw).__name__
-        raise TypeError(f"grid_thw: got {received}, expected a tensor of integers [images, 3]")
-    if grid_thw.dim() != 2 or grid_thw.shape[1] != 3 or grid_thw.shape[0] == 0:
-        raise ValueError(f"grid_thw: got shape {tuple(grid_thw.shape)}, expected [images, 3], at least one image")
-    if grid_thw.device.type != "cpu":
-        raise ValueError(f"grid_thw: got device {grid_thw.device}, expected cpu: reading it would wait for the device")
-    merge = config.spatial_merge_size
-    bad = (grid_thw < 1).any(1) | (grid_thw[:, 1:] % merge).any(1)
-    if bad.any():
-        raise ValueError(
-            f"grid_thw: got {grid_thw[bad][0].tolist()}, expected frames, rows and columns from 1, rows and columns "
-            f"multiples of {merge}"
-        )

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_encoder.attention import Attention
-from vit_encoder.checkpoints import read_module
+from vit_encoder.checkpoints import HfTensors
 from vit_encoder.compilation import CompilationConfig, support_torch_compile
-from vit_encoder.compilation.thread_state import surroundings
-from vit_encoder.modules import (
-    can_nest_regions,
-    check_dtype_and_device,
-    check_order,
-    first_layers,
-    guarded_layer_by_layer,
-    prepare_layers,
-)
+from vit_encoder.modules import can_nest_regions, check_order, first_layers, guarded_layer_by_layer, prepare_layers
 from vit_encoder.qwen2_5_vl.checkpoint import vision_tensors
 from vit_encoder.qwen2_5_vl.config import Qwen2_5_VLVisionConfig
 from vit_encoder.qwen2_5_vl.images import Qwen2_5_VLImageSettings
 from vit_encoder.qwen2_5_vl.metadata import VisionMetadata, vision_metadata
+from vit_encoder.qwen_models import PatchMerger, QwenVisionModel, check_metadata, check_pixel_values
 from vit_encoder.rotary import Rotation
 
 
@@ -115,26 +108,6 @@ class EncoderLayer(nn.Module):
         return guarded_layer_by_layer(self._block(*args))
 
 
-class PatchMerger(nn.Module):
-    """Two linear layers, a GELU between them, on the patches of a unit side by side.
-
-    In window order these lie one after the other: the merge is a reshape, and there is nothing for a kernel to do.
-    """
-
-    def __init__(self, config: Qwen2_5_VLVisionConfig) -> None:
-        super().__init__()
-        self.merge_unit = config.merge_unit
-        width = config.hidden_size * config.merge_unit
-        self.fc1 = nn.Linear(width, width)
-        self.fc2 = nn.Linear(width, config.out_hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shapes: [patches, hidden] -> [units, out_hidden_size]."""
-        # In one step Inductor of torch 2.13 takes the one unit that it cannot rule out for the only one, and is wrong.
-        x = x.unflatten(0, (-1, self.merge_unit)).flatten(1)  # [units, merge_unit * hidden]
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 @support_torch_compile(dynamic_arg_dims=dict.fromkeys(("pixel_values", *VisionMetadata._fields), 0), is_encoder=True)
 class Qwen2_5_VLVisionEncoder(nn.Module):  # noqa: N801 (transformers' prefix)
     """What is compiled of `Qwen2_5_VLVisionModel`: everything but the host's arithmetic on the sizes of the images.
@@ -150,7 +123,7 @@ class Qwen2_5_VLVisionEncoder(nn.Module):  # noqa: N801 (transformers' prefix)
         self.patch_embed = nn.Linear(config.patch_dim, config.hidden_size, bias=False)
         self.norm_in = RMSNorm(config.hidden_size)
         self.layers = nn.ModuleList(EncoderLayer(config, i) for i in range(config.depth))
-        self.merger = PatchMerger(config)
+        self.merger = PatchMerger(config.hidden_size, config.merge_unit, config.out_hidden_size)
 
     def forward(
         self,
@@ -207,25 +180,19 @@ class Qwen2_5_VLVisionEncoder(nn.Module):  # noqa: N801 (transformers' prefix)
         sin: Tensor,
     ) -> None:
         """Raise what forward's docstring says, outside of any compiled graph."""
-        self._validate_pixel_values(pixel_values)
+        self.validate_pixel_values(pixel_values)
         patches = pixel_values.shape[0]
-        units, angles = self.config.merge_unit, self.config.head_dim // 2
-        _check("window_index", window_index, torch.int64, (patches // units,), pixel_values)
-        _check("reverse_index", reverse_index, torch.int64, (patches // units,), pixel_values)
-        _check("cu_seqlens", cu_seqlens, torch.int32, cu_seqlens.shape[:1], pixel_values)
-        _check("cu_window_seqlens", cu_window_seqlens, torch.int32, cu_window_seqlens.shape[:1], pixel_values)
-        _check("cos", cos, torch.float32, (patches, angles), pixel_values)
-        _check("sin", sin, torch.float32, (patches, angles), pixel_values)
+        units, angles = (patches // self.config.merge_unit,), (patches, self.config.head_dim // 2)
+        check_metadata("window_index", window_index, torch.int64, units, pixel_values)
+        check_metadata("reverse_index", reverse_index, torch.int64, units, pixel_values)
+        check_metadata("cu_seqlens", cu_seqlens, torch.int32, (None,), pixel_values)
+        check_metadata("cu_window_seqlens", cu_window_seqlens, torch.int32, (None,), pixel_values)
+        check_metadata("cos", cos, torch.float32, angles, pixel_values)
+        check_metadata("sin", sin, torch.float32, angles, pixel_values)
 
-    def _validate_pixel_values(self, pixel_values: Tensor) -> None:
-        config = self.config
-        expected = f"[patches, {config.patch_dim}], patches a positive multiple of {config.merge_unit}"
-        if not isinstance(pixel_values, Tensor):
-            raise TypeError(f"pixel_values: got {type(pixel_values).__name__}, expected a tensor {expected}")
-        shape = tuple(pixel_values.shape)
-        if len(shape) != 2 or shape[1] != config.patch_dim or shape[0] == 0 or shape[0] % config.merge_unit:
-            raise ValueError(f"pixel_values: got shape {shape}, expected {expected}")
-        check_dtype_and_device(pixel_values, getattr(self.norm_in, "weight", None))
+    def validate_pixel_values(self, pixel_values: Tensor) -> None:
+        """Raise what forward's docstring says of the pixels."""
+        check_pixel_values(pixel_values, self.config, getattr(self.norm_in, "weight", None))
 
     def keep_layers(self, count: int) -> None:
         """Cut the encoder off after its first layers: in place, with the norm at its end after the last of them.
@@ -239,110 +206,31 @@ class Qwen2_5_VLVisionEncoder(nn.Module):  # noqa: N801 (transformers' prefix)
         self.config = replace(self.config, depth=count)
 
 
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], pixel_values: Tensor) -> None:
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name}: got {tensor.dtype}, expected {dtype}")
-    if tensor.shape != shape or tensor.device != pixel_values.device:
-        raise ValueError(
-            f"{name}: got shape {tuple(tensor.shape)} on {tensor.device}, expected {tuple(shape)} on "
-            f"{pixel_values.device} for {pixel_values.shape[0]} patches"
-        )
-
-
-class Qwen2_5_VLVisionModel(nn.Module):  # noqa: N801 (transformers' prefix)
-    """Qwen2.5-VL's vision encoder with its patch merger: patches of images and videos to features.
+class Qwen2_5_VLVisionModel(QwenVisionModel):  # noqa: N801 (transformers' prefix)
+    """Qwen2.5-VL's vision encoder with its patch merger: patches of images and videos to features, [units, width].
 
     Of it `encoder` is what compiles. What that takes beside the pixels follows from the sizes of the images: it is
     computed on the host once a batch, here or ahead by `vision_metadata`, and then carried by the forward context.
     """
 
-    def __init__(self, config: Qwen2_5_VLVisionConfig, *, compilation_config: CompilationConfig | None = None) -> None:
-        super().__init__()
-        if not isinstance(config, Qwen2_5_VLVisionConfig):
-            raise TypeError(f"config: got {type(config).__name__}, expected a Qwen2_5_VLVisionConfig")
-        if not isinstance(compilation_config, CompilationConfig | None):
-            raise TypeError(
-                f"compilation_config: got {type(compilation_config).__name__}, expected a CompilationConfig or None"
-            )
-        self.image_settings = Qwen2_5_VLImageSettings()
-        self.encoder = Qwen2_5_VLVisionEncoder(config, compilation_config=compilation_config)
+    CONFIG: ClassVar[type] = Qwen2_5_VLVisionConfig
+    ENCODER: ClassVar[type[nn.Module]] = Qwen2_5_VLVisionEncoder
+    SETTINGS: ClassVar[type] = Qwen2_5_VLImageSettings
+    METADATA: ClassVar[Any] = VisionMetadata
+
+    encoder: Qwen2_5_VLVisionEncoder
+    image_settings: Qwen2_5_VLImageSettings
 
     @property
     def config(self) -> Qwen2_5_VLVisionConfig:
         """The sizes of the encoder."""
         return self.encoder.config
 
-    @property
-    def compilation_config(self) -> CompilationConfig | None:
-        """What the encoder is compiled under; None leaves it to the forward context."""
-        return self.encoder.compilation_config
+    def metadata(self, grid_thw: Tensor, device: torch.device) -> VisionMetadata:
+        """What the encoder takes beside the pixels of images of these sizes."""
+        return vision_metadata(grid_thw, self.config, device)
 
-    @compilation_config.setter
-    def compilation_config(self, compilation_config: CompilationConfig | None) -> None:
-        self.encoder.compilation_config = compilation_config
-
-    def forward(self, pixel_values: Tensor, grid_thw: Tensor | None = None) -> Tensor:
-        """Encode the patches of a batch of images and videos.
-
-        Args:
-            pixel_values: [patches, patch_dim], normalised, in the dtype of the encoder's norms (any under autocast). In
-                the order of transformers' image processor: the patches of a unit, that becomes one feature, one after
-                the other.
-            grid_thw: integers [images, 3] on the CPU: how many temporal patches, rows and columns of patches. Where
-                None, the forward context must have been set with `vision_metadata(grid_thw, config, device)._asdict()`.
-
-        Returns:
-            [patches // merge_unit, out_hidden_size], image after image.
-
-        Raises:
-            TypeError: another dtype.
-            ValueError: another rank, device or size, no patch at all, or neither sizes nor metadata.
-        """
-        if grid_thw is None:
-            return self.encoder(pixel_values, *_carried())
-        self.encoder._validate_pixel_values(pixel_values)
-        metadata = vision_metadata(grid_thw, self.config, pixel_values.device)
-        if (patches := metadata.cos.shape[0]) != pixel_values.shape[0]:
-            raise ValueError(f"grid_thw: got {patches} patches, expected the {pixel_values.shape[0]} of pixel_values")
-        return self.encoder(pixel_values, *metadata)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        compilation_config: CompilationConfig | None = None,
-        image_settings: Qwen2_5_VLImageSettings | None = None,
-    ) -> Self:
-        """Read the vision tower, and nothing else, of a Hugging Face checkpoint folder (safetensors only).
-
-        Args:
-            folder: holds config.json and model.safetensors, or shards with their index.
-            dtype, device: of the weights; as stored and PyTorch's default device when None.
-            compilation_config: as in the constructor.
-            image_settings: what `encode_images` prepares images by; read from the folder when None.
-
-        Returns:
-            The encoder in eval mode.
-
-        Raises:
-            OSError, TypeError, ValueError: as `Qwen2_5_VLVisionConfig.from_hf`, `Qwen2_5_VLImageSettings.from_hf` and
-                `read_tensors` say; tensors that are missing, unexpected, misshapen or corrupt are listed in one
-                ValueError.
-        """
-        config = Qwen2_5_VLVisionConfig.from_hf(folder)
-        settings = image_settings or Qwen2_5_VLImageSettings.from_hf(folder)
-        make = partial(cls, config, compilation_config=compilation_config)
-        model = read_module(make, folder, vision_tensors(config), dtype=dtype, device=device)
-        model.image_settings = settings
-        return model
-
-
-def _carried() -> VisionMetadata:
-    """The forward context's metadata."""
-    carried = surroundings.context.attention_metadata if surroundings.context else {}
-    if missing := [name for name in VisionMetadata._fields if name not in carried]:
-        raise ValueError(f"grid_thw: got None, and the forward context lacks {', '.join(missing)}")
-    return VisionMetadata(**{name: carried[name] for name in VisionMetadata._fields})
+    @staticmethod
+    def checkpoint_tensors(config: Qwen2_5_VLVisionConfig, folder: str | os.PathLike[str]) -> Mapping[str, HfTensors]:
+        """Where the parameters stand in a checkpoint."""
+        return vision_tensors(config)

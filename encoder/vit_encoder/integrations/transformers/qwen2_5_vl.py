@@ -97,8 +97,10 @@ class _Forward(SharedForward):
         return BaseModelOutputWithPooling(pooler_output=features)
 
 
-class _FlatConvolution(nn.Module):
+class FlatConvolution(nn.Module):
     """The patch embedding's convolution as the linear layer that it is: each patch is one position of its kernel."""
+
+    embedding: Any
 
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
@@ -107,17 +109,17 @@ class _FlatConvolution(nn.Module):
     @property
     def weight(self) -> Any:
         """[hidden, channels, frames, height, width]."""
-        return self.embedding.proj.weight  # type: ignore[union-attr]
+        return self.embedding.proj.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: [patches, patch_dim] -> [patches, hidden]."""
-        return F.linear(x, self.weight.flatten(1))
+        return F.linear(x, self.weight.flatten(1), self.embedding.proj.bias)
 
 
 def _encoder(vision: Any) -> Qwen2_5_VLVisionModel:
     with torch.device("meta"):
         model = Qwen2_5_VLVisionModel(Qwen2_5_VLVisionConfig.from_hf(vision.config))
-    model.encoder.patch_embed = _FlatConvolution(vision.patch_embed)  # type: ignore[assignment]
+    model.encoder.patch_embed = FlatConvolution(vision.patch_embed)  # type: ignore[assignment]
     ours: Any
     before: tuple[nn.Module, str] = model.encoder, "norm_in"
     for ours, theirs in zip(model.encoder.layers, vision.blocks, strict=True):
