@@ -86,7 +86,8 @@ cd "$PROJECT_ROOT"
 export HYPOTHESIS_PROFILE="${HYPOTHESIS_PROFILE:-ci}"
 # As pytest's testpaths, which count where the arguments name no file. `**` finds them in any folder of tests.
 TESTS=""
-for name in vllm_engine vllm_qwen2_5_vl vllm_workers vllm_layers vllm_plugin dataset; do
+for name in vllm_engine vllm_qwen2_5_vl vllm_workers vllm_attention vllm_conventions vllm_layers vllm_loading \
+  vllm_plugin dataset; do
   TESTS="$TESTS tests/**/test_$name.py"
 done
 exec "$VENV_PYTHON" -m pytest -p no:cacheprovider -o "testpaths=$TESTS" "$@"

@@ -4,7 +4,6 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,23 +12,17 @@ if importlib.util.find_spec("vllm") is None:
         "vLLM is not installed here; ./scripts/test_vllm.sh makes an environment for it", allow_module_level=True
     )
 
+from tests.integrations.vllm_world import one_worker
+
 # vLLM and what it imports warn about each other.
 pytestmark = pytest.mark.filterwarnings("default")
 LAYERS = 2
 
 
-@pytest.fixture(scope="module")
-def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A world of one process, as vLLM's parallel layers want it."""
-    from vllm import distributed
-    from vllm.config import VllmConfig, set_current_vllm_config
-
-    store = tmp_path_factory.mktemp("world") / "store"
-    with set_current_vllm_config(VllmConfig()):
-        distributed.init_distributed_environment(1, 0, f"file://{store}", 0, backend="gloo")
-        distributed.initialize_model_parallel()
+@pytest.fixture(scope="module", autouse=True)
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with one_worker(tmp_path_factory.mktemp("world")):
         yield
-    distributed.cleanup_dist_env_and_memory()
 
 
 def recording_quantisation() -> Any:
@@ -77,9 +70,9 @@ def recording_quantisation() -> Any:
     return Recording()
 
 
-def test_every_linear_layer_of_our_encoder_is_quantised_where_vllms_is(one_worker: None) -> None:
+def test_every_linear_layer_of_our_encoder_is_quantised_where_vllms_is() -> None:
     from transformers import Llama4VisionConfig
-    from vit_encoder.integrations.vllm.encoder import VisionModel
+    from vit_encoder.integrations.vllm.llama4_encoder import VisionModel
     from vllm.model_executor.models import mllama4
 
     config = Llama4VisionConfig(
@@ -102,15 +95,3 @@ def test_every_linear_layer_of_our_encoder_is_quantised_where_vllms_is(one_worke
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     assert ours.ran == theirs.ran
     assert sorted(ours.ran) == sorted(ours.asked)
-
-
-@pytest.mark.parametrize("backend", ["TORCH_SDPA", "FLASH_ATTN", "FLASHINFER"])
-def test_our_attention_gets_boundaries_in_tokens_whatever_backend_vllm_chose(backend: str) -> None:
-    from vit_encoder.integrations.vllm.kernels import VarlenEncoderAttention
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    boundaries = np.array([0, 16, 24], np.int32)
-    asked = (AttentionBackendEnum[backend], boundaries, 160, 1, torch.device("cpu"))
-    found = VarlenEncoderAttention.maybe_recompute_cu_seqlens(*asked, fp8_padded_hidden_size=None)
-    assert found.tolist() == [0, 16, 24]
-    assert found.dtype == torch.int32

@@ -57,4 +57,4 @@ def test_each_worker_has_its_share_of_the_heads_or_all_of_them(run: Run) -> None
 
 @pytest.mark.parametrize("run", [ALONE, *OURS], ids=ids)
 def test_one_line_of_all_processes_says_whose_encoder_runs(run: Run) -> None:
-    assert_said_once(reported(run)["log"], run.mode)
+    assert_said_once(reported(run)["log"], run.mode, LAYERS)

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch._dynamo.output_graph import OutputGraph
 
-VISION_FILES = ("models/mllama4.py", "models/qwen2_5_vl.py", "integrations/vllm/encoder.py")
+VISION_FILES = ("models/mllama4.py", "models/qwen2_5_vl.py", "integrations/vllm/llama4_encoder.py")
 # Images (height, width) in each prompt.
 CASES: dict[str, dict[str, list[tuple[int, int]]]] = {
     "llama4": {

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vit_encoder.integrations.vllm.plugin import MODES
 
 from experiments.vllm.tiny_llama4 import make_tiny_llama4
 from experiments.vllm.variants import Variant, environment
@@ -92,8 +93,14 @@ def assert_same_text(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-4)
 
 
-def assert_said_once(log: str, mode: str) -> None:
-    """One line of all the processes, and the one of this mode."""
+def assert_said_once(log: str, mode: str, layers: int) -> None:
+    """One line of all the processes says the mode, and where it swaps attention another one in how many layers."""
     (line,) = [line for line in log.splitlines() if "VIT_KERNELS_VLLM=" in line]
-    told = "vit_kernels is installed and off" if mode == "off" else f"VIT_KERNELS_VLLM={mode}: the vision part of"
+    told = "vit_kernels is installed and off" if mode == "off" else f"VIT_KERNELS_VLLM={mode}: {MODES[mode]} comes from"
     assert told in line
+    lines = [line for line in log.splitlines() if "vit_kernels: " in line]
+    if mode in ("off", "encoder"):
+        assert lines == []
+    else:
+        (line,) = lines
+        assert line.endswith(f"vit_kernels: attention of {layers} encoder layers is ours")

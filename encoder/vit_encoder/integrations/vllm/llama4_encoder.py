@@ -78,5 +78,3 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         with mock.patch.object(mllama4, "Llama4VisionModel", VisionModel):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
-        # On a CPU vLLM 0.32 compiles with gradients on, and such a graph keeps what a backward pass would need.
-        self.vision_model.requires_grad_(False)
