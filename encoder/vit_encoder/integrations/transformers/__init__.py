@@ -3,8 +3,11 @@
 Importing this imports no transformers; calling its functions does.
 """
 
-from vit_encoder.integrations.transformers.attention import register_attention
+from vit_encoder.integrations.transformers.attention import register_attention, use_packed_attention
 from vit_encoder.integrations.transformers.llama4 import apply_to_llama4, revert_llama4
 from vit_encoder.integrations.transformers.qwen2_5_vl import apply_to_qwen2_5_vl, revert_qwen2_5_vl
 
-__all__ = ["apply_to_llama4", "apply_to_qwen2_5_vl", "register_attention", "revert_llama4", "revert_qwen2_5_vl"]
+__all__ = [
+    "apply_to_llama4", "apply_to_qwen2_5_vl", "register_attention", "revert_llama4", "revert_qwen2_5_vl",
+    "use_packed_attention",
+]  # fmt: skip
