@@ -109,7 +109,10 @@ def test_the_line_is_seen_before_vllm_sets_up_its_log_and_in_no_process_that_is_
 SWAPPED = {
     "attention": {},
     "kernels": {"Llama4ForConditionalGeneration": f"{PACKAGE}.llama4_ops:Llama4ForConditionalGeneration"},
-    "encoder": {"Llama4ForConditionalGeneration": f"{PACKAGE}.llama4_encoder:Llama4ForConditionalGeneration"},
+    "encoder": {
+        "Llama4ForConditionalGeneration": f"{PACKAGE}.llama4_encoder:Llama4ForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration": f"{PACKAGE}.qwen2_5_vl_encoder:Qwen2_5_VLForConditionalGeneration",
+    },
 }
 
 

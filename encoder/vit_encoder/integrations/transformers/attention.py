@@ -48,10 +48,10 @@ def use_packed_attention(model: nn.Module) -> Callable[[], None]:
 
     transformers' Qwen2-VL, Qwen2.5-VL, Qwen3-VL and the like split a batch at its frames or windows, on the host and in
     every layer, unless the implementation's name has "flash" in it; `set_attn_implementation` takes such names for
-    packages to be loaded, and refuses ours. With the tensors of `transformers.vision_utils` and a constant `max_seqlen`,
-    which ours ignores, given to the encoder as keyword arguments, its forward reads nothing on the host. It compiles
-    with `fullgraph=True`: to one graph for all sizes where the first dimension of each tensor is marked
-    (`torch._dynamo.decorators.mark_unbacked`), else to one more for a single image, frame or window.
+    packages to be loaded, and refuses ours. With the tensors of `transformers.vision_utils` given to the encoder as
+    keyword arguments, and a constant `max_seqlen`, which ours ignores, its forward reads nothing on the host. It
+    compiles with `fullgraph=True`: to one graph for all sizes where the first dimension of each tensor is marked
+    (`torch._dynamo.decorators.mark_unbacked`), else to further ones for a single image, frame or window.
 
     Args:
         model: an encoder, or a whole model with a `vision_config`, of which the encoder alone is changed.

@@ -18,13 +18,16 @@ MODES = {
     "off": "nothing",
     "attention": "the attention of every vision encoder",
     "kernels": "the attention of every vision encoder, and Llama 4's rotary embedding and pixel shuffle,",
-    "encoder": "the vision encoder of Llama 4",
+    "encoder": "the vision encoder of Llama 4 and of Qwen2.5-VL",
 }
 # The module here that has each mode's class in the place of one of vLLM's.
 MODELS = {
     "attention": {},
     "kernels": {"Llama4ForConditionalGeneration": "llama4_ops"},
-    "encoder": {"Llama4ForConditionalGeneration": "llama4_encoder"},
+    "encoder": {
+        "Llama4ForConditionalGeneration": "llama4_encoder",
+        "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl_encoder",
+    },
 }
 
 
@@ -33,9 +36,9 @@ def register() -> None:
 
     `off`, the default, leaves vLLM as it is. `attention` swaps the attention of every encoder that is built on vLLM's
     `MMEncoderAttention`, where ours takes it; nothing else of a model changes. `kernels` also swaps rotary embedding
-    and pixel shuffle in vLLM's encoder of Llama 4. `encoder` swaps in our encoder for Llama 4's, on vLLM's parallel
-    layers and under its compile decorator; other models stay as they are. A version of vLLM outside SUPPORTED_VERSIONS
-    is left as it is, with a warning.
+    and pixel shuffle in vLLM's encoder of Llama 4. `encoder` swaps in our encoders for Llama 4's and Qwen2.5-VL's, on
+    vLLM's parallel layers and under its compile decorator; other models stay as they are. A version of vLLM outside
+    SUPPORTED_VERSIONS is left as it is, with a warning.
 
     Raises:
         ValueError: VIT_KERNELS_VLLM is none of these.
