@@ -157,6 +157,93 @@ def molmo2_pooling() -> Tower:
     return partial(ImagePoolingAttention, 128, 128, 4, 2, 32), (normal(6, 1, 128), normal(6, 4, 128))
 
 
+def molmo2_pooling_of_more_keys() -> Tower:
+    from vllm.model_executor.models.molmo2 import ImagePoolingAttention
+
+    return partial(ImagePoolingAttention, 128, 128, 4, 4, 32), (normal(5, 3, 128), normal(5, 9, 128))
+
+
+def aimv2() -> Tower:
+    from transformers.models.aimv2.configuration_aimv2 import Aimv2VisionConfig
+    from vllm.model_executor.models.aimv2 import AIMv2Model
+
+    return partial(AIMv2Model, Aimv2VisionConfig(**HEADS_OF_64), None), (normal(*IMAGES),)
+
+
+def blip() -> Tower:
+    from transformers import BlipVisionConfig
+    from vllm.model_executor.models.blip import BlipVisionModel
+
+    # transformers 5 has dropped what vLLM 0.32 still reads.
+    config = BlipVisionConfig(**HEADS_OF_64, qkv_bias=True)
+    return partial(BlipVisionModel, config), (normal(*IMAGES),)
+
+
+def dots_ocr() -> Tower:
+    from vllm.model_executor.models.dots_ocr import DotsVisionTransformer
+    from vllm.transformers_utils.configs.dotsocr import DotsVisionConfig
+
+    config = DotsVisionConfig(
+        embed_dim=128, hidden_size=96, intermediate_size=212, num_hidden_layers=2, num_attention_heads=2
+    )
+    return partial(DotsVisionTransformer, config), (patches(588), GRIDS)
+
+
+def exaone4_5() -> Tower:
+    """Grouped heads."""
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+    from vllm.model_executor.models.exaone4_5 import EXAONE4_5_VisionTransformer
+
+    config = Qwen2_5_VLVisionConfig(
+        depth=3, hidden_size=256, num_heads=4, intermediate_size=212, out_hidden_size=96, window_size=56,
+        fullatt_block_indexes=[1],
+    )  # fmt: skip
+    config.num_key_value_heads = 2
+    return partial(EXAONE4_5_VisionTransformer, config), (patches(1176), GRIDS)
+
+
+def ernie4_5_vl() -> Tower:
+    from vllm.model_executor.models.ernie45_vl import Ernie4_5_VisionTransformer
+
+    config = SimpleNamespace(
+        patch_size=14, spatial_merge_size=2, in_channels=3, hidden_size=160, embed_dim=160, depth=2, num_heads=2,
+        mlp_ratio=2,
+    )  # fmt: skip
+    return partial(Ernie4_5_VisionTransformer, config), (patches(588), torch.tensor(GRIDS))
+
+
+def molmo() -> Tower:
+    """Grouped heads."""
+    from vllm.model_executor.models.molmo import VisionBackboneConfig, VisionTransformer
+
+    config = VisionBackboneConfig(
+        image_default_input_size=(56, 56), image_emb_dim=128, image_num_heads=4, image_num_key_value_heads=2,
+        image_num_layers=2, image_mlp_dim=212, image_num_pos=17,
+    )  # fmt: skip
+    return partial(VisionTransformer, config), (normal(3, 16, 588),)
+
+
+def kimi_k25() -> Tower:
+    from vllm.model_executor.models.kimi_k25_vit import MoonViT3dPretrainedModel
+
+    config = SimpleNamespace(
+        hidden_size=144, num_attention_heads=2, num_hidden_layers=2, intermediate_size=212, patch_size=14,
+        hidden_act="gelu_pytorch_tanh", merge_kernel_size=(2, 2), init_pos_emb_height=8, init_pos_emb_width=8,
+        init_pos_emb_time=4,
+    )  # fmt: skip
+    grids = torch.tensor(GRIDS)
+    return partial(MoonViT3dPretrainedModel, config), (normal(int(grids.prod(1).sum()), 3, 14, 14), grids)
+
+
+def step3_vl() -> Tower:
+    from vllm.model_executor.models.step3_vl import Step3VisionTransformer
+
+    config = SimpleNamespace(
+        **HEADS_OF_64, num_channels=3, hidden_act="quick_gelu", layer_norm_eps=1e-5, output_hidden_size=128
+    )
+    return partial(Step3VisionTransformer, config), (normal(*IMAGES),)
+
+
 def siglip_with_heads_of_60() -> Tower:
     from transformers import SiglipVisionConfig
     from vllm.model_executor.models.siglip import SiglipVisionModel
@@ -167,7 +254,8 @@ def siglip_with_heads_of_60() -> Tower:
 # And how many of its layers are ours.
 TOWERS: dict[Callable[[], Tower], int] = {
     qwen2_vl: 3, qwen2_5_vl: 3, qwen3_vl: 3, glm4_1v: 2, siglip: 2, clip: 2, idefics2: 2, pixtral: 2, interns1: 2,
-    intern_vit: 2, moonvit: 2, molmo2_pooling: 1, siglip_with_heads_of_60: 0,
+    intern_vit: 2, moonvit: 2, molmo2_pooling: 1, molmo2_pooling_of_more_keys: 1, aimv2: 2, blip: 2, dots_ocr: 2,
+    exaone4_5: 3, ernie4_5_vl: 2, molmo: 2, kimi_k25: 2, step3_vl: 2, siglip_with_heads_of_60: 0,
 }  # fmt: skip
 
 

@@ -83,7 +83,7 @@ class VisionModel(qwen2_5_vl.Qwen2_5_VisionTransformer):
         if encoder_metadata is not None:
             metadata = _of_vllm(encoder_metadata)
         else:
-            metadata = vision_metadata(torch.tensor(grid_thw), self.vit_config, self.device)
+            metadata = vision_metadata(torch.tensor(grid_thw, device="cpu"), self.vit_config, self.device)
         return self.whole[0](pixel_values, **metadata._asdict())
 
 
