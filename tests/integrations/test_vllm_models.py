@@ -1,6 +1,7 @@
-"""The plugin's mode `attention` inside the real vLLM, on tiny random models of many families."""
+"""The plugin's modes `attention` and `encoder` inside the real vLLM, on tiny random models of many families."""
 
 import importlib.util
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,11 @@ RUNS = [
     if not compiled or family in COMPILED
 ]  # fmt: skip
 each_run = pytest.mark.parametrize("run", RUNS)
+ENCODER_RUNS = [Run("encoder", compiled, "qwen2_5_vl") for compiled in (False, True)]
+of_our_encoder = pytest.mark.parametrize("run", ENCODER_RUNS, ids=lambda run: run.key)
+each_run_of_ours = pytest.mark.parametrize(
+    "run", [*RUNS, *(pytest.param(run, id=f"encoder-{run.key}") for run in ENCODER_RUNS)]
+)
 
 
 def alone(run: Run) -> Run:
@@ -47,7 +53,7 @@ def test_every_family_is_tested() -> None:
     assert set(LAYERS) == set(FAMILIES)
 
 
-@each_run
+@each_run_of_ours
 def test_the_same_text_is_generated_as_by_vllm_alone(run: Run) -> None:
     for case, ours in answered(run).items():
         assert_same_text(ours, reported(alone(run))[case])
@@ -59,7 +65,7 @@ def test_images_change_what_is_generated(run: Run) -> None:
     assert all(logprobs.count(some) == 1 for some in logprobs)
 
 
-@each_run
+@each_run_of_ours
 def test_our_attention_runs_once_a_layer_for_images_alone(run: Run) -> None:
     for case, ours in answered(run).items():
         calls = LAYERS[run.family] if cases(run.family)[case] else 0
@@ -92,3 +98,33 @@ def test_vllm_alone_fails_compiled_and_ours_does_not(family: str) -> None:
         if images:
             assert "Inference tensors cannot be saved for backward" in theirs[case]["error"]
             assert "error" not in ours[case]
+
+
+@of_our_encoder
+def test_the_encoder_is_ours_and_other_models_keep_theirs(run: Run) -> None:
+    (vision_model,) = reported(run)["vision_models"]
+    assert vision_model["module"] == "vit_encoder.integrations.vllm.qwen2_5_vl_encoder"
+    assert vision_model["compiled"] == run.compiled
+    other = reported(replace(run, family="qwen3_vl"))
+    (vision_model,) = other["vision_models"]
+    assert vision_model["module"] == "vllm.model_executor.models.qwen3_vl"
+    assert other["attention_layers"] == [{THEIRS: LAYERS["qwen3_vl"]}]
+    assert not any("vit_kernels: attention of" in line for line in other["log"].splitlines())
+
+
+def test_our_encoder_is_one_whole_graph_of_our_ops() -> None:
+    uncompiled, compiled = map(reported, ENCODER_RUNS)
+    assert [graph for graph in uncompiled["graphs"] if any("vit_kernels" in op for op in graph["ops"])] == []
+    (graph,) = compiled["graphs"]
+    # A region of the graph is every layer's of its kind.
+    assert graph["ops"]["vit_kernels.varlen_attention.default"] in (2, LAYERS["qwen2_5_vl"])
+    assert graph["ops"]["vit_kernels.rotary_2d_qkv_.default"] in (2, LAYERS["qwen2_5_vl"])
+    assert compiled["vision_models"][0]["artefact"] is not None
+
+
+def test_a_compiled_encoder_needs_no_gradients_in_any_mode() -> None:
+    """Qwen3-VL's is vLLM's own here, and fails with vLLM alone."""
+    report = reported(replace(ENCODER_RUNS[1], family="qwen3_vl"))
+    for case, theirs in report.items():
+        if case in cases("qwen3_vl"):
+            assert_same_text(theirs, reported(Run("off", compiled=False, family="qwen3_vl"))[case])

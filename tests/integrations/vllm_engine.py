@@ -28,6 +28,7 @@ from experiments.vllm.tiny_models import FAMILIES
 
 VISION_FILES = (
     "models/mllama4.py", "models/qwen2_5_vl.py", "models/qwen3_vl.py", "integrations/vllm/llama4_encoder.py",
+    "integrations/vllm/qwen2_5_vl_encoder.py",
 )  # fmt: skip
 # Images (height, width) in each prompt.
 CASES: dict[str, dict[str, list[tuple[int, int]]]] = {
@@ -44,6 +45,7 @@ CASES: dict[str, dict[str, list[tuple[int, int]]]] = {
         # Of 3 x 5 merge units: some windows have 2 or 1 instead of 4.
         "ragged windows": [(84, 140)],
         "several images": [(84, 84), (56, 196)],
+        "one unit": [(28, 28)],
     },
 }
 OTHER_CASES: dict[str, list[tuple[int, int]]] = {
@@ -68,11 +70,13 @@ class Inspector:
         model = self.model_runner.get_model()
         names = ("visual", "vision_model", "vision_tower", "vision_encoder")
         vision = next(getattr(model, name) for name in names if hasattr(model, name))
+        # Ours is a module of its own within, of vLLM's modules.
+        compiled = getattr(vision, "whole", [vision])[0]
         biases = {name: list(x.shape) for name, x in vision.named_parameters() if name.endswith("bias")}
         return {
             "module": type(vision).__module__,
-            "compiled": getattr(vision, "compiled", False),
-            "artefact": getattr(vision, "_aot_compilation_path", None),
+            "compiled": getattr(compiled, "compiled", False),
+            "artefact": getattr(compiled, "_aot_compilation_path", None),
             "biases": biases,
         }
 
