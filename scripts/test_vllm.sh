@@ -17,10 +17,10 @@ usage() {
   cat <<USAGE
 Usage: ./scripts/test_vllm.sh [--set-up-only] [pytest arguments]
 
-Runs the tests of the vLLM plugin on a tiny random Llama 4 and Qwen2.5-VL in the real engine, $VLLM, and
-those of the batch encoder with $RAY. Their virtual environment is .venv-vllm, made at the first call (about 3
-minutes, 4 GB). No GPU is needed. About 11 minutes on 2 cores. Arguments that name no file, such as -q or -k, keep
-this list of tests; those that name one replace it.
+Runs the tests of the vLLM plugin on tiny random models in the real engine, $VLLM, and those of the batch encoder
+with $RAY. Their virtual environment is .venv-vllm, made at the first call (about 3 minutes, 4 GB). No GPU is
+needed. Arguments that name no file, such as -q or -k, keep this list of tests; those that name one replace it.
+With -m thorough it runs more models: Gemma 3, InternVL, Pixtral, GLM-4.1V.
 
   --set-up-only  only make the environment, for experiments.vllm and experiments.dataset
 USAGE
@@ -86,7 +86,8 @@ cd "$PROJECT_ROOT"
 export HYPOTHESIS_PROFILE="${HYPOTHESIS_PROFILE:-ci}"
 # As pytest's testpaths, which count where the arguments name no file. `**` finds them in any folder of tests.
 TESTS=""
-for name in vllm_engine vllm_qwen2_5_vl vllm_workers vllm_layers vllm_plugin dataset; do
+for name in vllm_engine vllm_models vllm_workers vllm_attention vllm_conventions vllm_layers vllm_loading \
+  vllm_towers vllm_plugin dataset; do
   TESTS="$TESTS tests/**/test_$name.py"
 done
 exec "$VENV_PYTHON" -m pytest -p no:cacheprovider -o "testpaths=$TESTS" "$@"

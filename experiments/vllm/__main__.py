@@ -1,4 +1,6 @@
-"""vLLM serving a Llama 4 with its own vision encoder, with our kernels in it, and with our encoder: which is faster.
+"""vLLM serving a model with its own vision encoder, with our kernels in it, and with our encoder: which is faster.
+
+Our attention runs in the encoders of some 45 models, all kernels in Llama 4's, our encoders in Llama 4 and Qwen2.5-VL.
 
 Starts `vllm serve` on the loopback interface for each variant in turn, puts the same load on each with
 `vllm bench serve`, repeats that for several rounds, and prints the table that vLLM's pull request 30709 has. Writes a
@@ -30,11 +32,12 @@ from experiments.vllm import offline
 from experiments.vllm.load import Load, drive, image_files
 from experiments.vllm.report import ENOUGH_ROUNDS, differences, draw, table
 from experiments.vllm.server import ServerError, check_port, end_of, free_port, serving, vllm_command
-from experiments.vllm.tiny_llama4 import make_tiny_llama4
-from experiments.vllm.variants import VARIANTS, Variant, environment
+from experiments.vllm.tiny_models import FAMILIES, make_tiny
+from experiments.vllm.variants import VARIANTS, Variant, environment, variants_of
 
 # A tiny checkpoint's sizes; a real one's come from its own configuration.
 TINY_ARGUMENTS = ("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "4")
+NO_VIDEOS = ("--limit-mm-per-prompt", '{"image": 1, "video": 0}')
 # Of what vLLM's benchmark writes; the rest is about single requests, or names files of this machine.
 KEPT = (
     "completed", "failed", "duration", "total_input_tokens", "total_output_tokens", "request_throughput",
@@ -44,6 +47,7 @@ KEPT = (
 
 EXAMPLES = """  %(prog)s
       a tiny random Llama 4 that it makes itself, every variant, 4 rounds
+  %(prog)s --tiny qwen3_vl --rounds 1
   %(prog)s --model Llama-4-Scout-17B-16E-Instruct --prompts 1000 --serve="--tensor-parallel-size 8"
   %(prog)s --images photographs --variants off-compiled kernels-compiled encoder-compiled
 """
@@ -80,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     # Otherwise a terminated experiment would leave its server behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    with _model(options.model) as model:
+    with _model(options) as model:
         results = _rounds(options, model, load)
     report = cli.result(
         "serve_vllm",
@@ -104,9 +108,16 @@ def _parser() -> argparse.ArgumentParser:
         "--offline", action="store_true", help="compare the text about images instead; --offline --help says more"
     )
     keys = [variant.key for variant in VARIANTS]
-    parser.add_argument("--model", type=Path, help="folder of a Llama 4 checkpoint (default: a tiny random one)")
+    parser.add_argument("--model", type=Path, help="folder of a checkpoint (default: a tiny random one)")
+    parser.add_argument(
+        "--tiny", choices=FAMILIES, default="llama4", metavar="FAMILY",
+        help=f"which tiny random one: {' '.join(FAMILIES)} (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--images", type=Path, help="folder of images for the prompts (default: random images)")
-    parser.add_argument("--variants", nargs="+", choices=keys, default=keys, metavar="VARIANT", help=" ".join(keys))
+    parser.add_argument(
+        "--variants", nargs="+", choices=keys, metavar="VARIANT",
+        help=f"{' '.join(keys)} (default: those in which the model differs)",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=cli.positive, default=ENOUGH_ROUNDS, help="default: %(default)s")
     parser.add_argument("--prompts", type=cli.positive, default=128, help="requests a round (default: %(default)s)")
     parser.add_argument("--concurrency", type=cli.positive, help="most requests at a time (default: all)")
@@ -132,17 +143,16 @@ def _prepare(options: argparse.Namespace) -> Load:
 
 
 @contextlib.contextmanager
-def _model(folder: Path | None) -> Iterator[Path]:
-    if folder is not None:
-        yield folder.resolve()
+def _model(options: argparse.Namespace) -> Iterator[Path]:
+    if options.model is not None:
+        yield options.model.resolve()
         return
     with tempfile.TemporaryDirectory() as parent:
-        make_tiny_llama4(Path(parent) / "tiny-llama4")
-        yield Path(parent) / "tiny-llama4"
+        yield make_tiny(options.tiny, Path(parent))
 
 
 def _rounds(options: argparse.Namespace, model: Path, load: Load) -> list[Result]:
-    variants = [variant for variant in VARIANTS if variant.key in options.variants]
+    variants = variants_of(model) if options.variants is None else _named(options.variants)
     results = {variant: Result(variant.name) for variant in variants}
     with tempfile.TemporaryDirectory() as folder, tqdm(total=options.rounds * len(variants), unit="server") as progress:
         for number, variant in in_turn(variants, options.rounds):
@@ -160,6 +170,10 @@ def _rounds(options: argparse.Namespace, model: Path, load: Load) -> list[Result
                     )
             progress.update()
     return list(results.values())
+
+
+def _named(keys: Sequence[str]) -> list[Variant]:
+    return [variant for variant in VARIANTS if variant.key in keys]
 
 
 def _measure(
@@ -191,8 +205,12 @@ def _serve_command(options: argparse.Namespace, variant: Variant, model: Path) -
         "serve", str(model), "--compilation-config", json.dumps(variant.compilation_config),
         "--no-enable-prefix-caching", "--mm-processor-cache-gb", "0",
         "--worker-extension-cls", "experiments.vllm.timer.EncoderTimer",
-        *(TINY_ARGUMENTS if options.model is None else ()), *options.serve.split(),
+        *(_tiny_arguments(options.tiny) if options.model is None else ()), *options.serve.split(),
     )  # fmt: skip
+
+
+def _tiny_arguments(family: str) -> tuple[str, ...]:
+    return (*TINY_ARGUMENTS, *NO_VIDEOS) if FAMILIES[family].videos else TINY_ARGUMENTS
 
 
 if __name__ == "__main__":

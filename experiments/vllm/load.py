@@ -1,4 +1,4 @@
-"""The load that vLLM's own benchmark puts on a server: prompts with images in Llama 4's mix of tiles, or given ones."""
+"""The load that vLLM's own benchmark puts on a server: prompts with images in a mix of sizes, or given ones."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from experiments.vllm.server import Server, vllm_command
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"}
 QUESTION = "What is in this image?"
 # Canvases (high, wide) in tiles, and their shares: no source says what users send, so small ones are the most.
+TILE_SIDE = 336  # pixels; Llama 4's, and Qwen2.5-VL's 12 merge units
 TILE_MIX = {(1, 1): 0.25, (1, 2): 0.2, (2, 2): 0.25, (2, 3): 0.15, (3, 3): 0.1, (4, 4): 0.05}
 
 
@@ -27,7 +28,7 @@ class Load:
         prompts: number of requests, one image each.
         concurrency: most requests at a time; None sends all at once.
         input_tokens, output_tokens: of the text.
-        images: folder of images for the prompts; None makes random ones in TILE_MIX.
+        images: folder of images for the prompts; None makes random ones in `image_mix`.
     """
 
     prompts: int
@@ -37,12 +38,16 @@ class Load:
     images: Path | None
 
 
-def tile_mix(model: Path) -> dict[tuple[int, int], float]:
-    """(height, width) in pixels and the share of each image size, of TILE_MIX what a checkpoint's processor allows."""
-    size = read_json_object(model / "config.json")["vision_config"]["image_size"]
-    most = _most_tiles(model)
+def image_mix(model: Path) -> dict[tuple[int, int], float]:
+    """(height, width) in pixels and the share of each image size: TILE_MIX in tiles of TILE_SIDE.
+
+    A Llama 4 has tiles of its own size, and no more of them than its processor allows.
+    """
+    config = read_json_object(model / "config.json")
+    tiled = config.get("model_type") == "llama4"
+    side, most = (config["vision_config"]["image_size"], _most_tiles(model)) if tiled else (TILE_SIDE, 16)
     kept = {canvas: share for canvas, share in TILE_MIX.items() if canvas[0] * canvas[1] <= most}
-    return {(high * size, wide * size): share / sum(kept.values()) for (high, wide), share in kept.items()}
+    return {(high * side, wide * side): share / sum(kept.values()) for (high, wide), share in kept.items()}
 
 
 def _most_tiles(model: Path) -> int:
@@ -100,7 +105,7 @@ def drive(
 
 def _dataset(load: Load, model: Path, folder: Path) -> list[str]:
     if load.images is None:
-        buckets = {(height, width, 1): share for (height, width), share in tile_mix(model).items()}
+        buckets = {(height, width, 1): share for (height, width), share in image_mix(model).items()}
         return [
             "--dataset-name", "random-mm", "--random-input-len", str(load.input_tokens),
             "--random-output-len", str(load.output_tokens), "--random-mm-base-items-per-request", "1",

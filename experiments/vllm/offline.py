@@ -23,10 +23,11 @@ from rich.table import Table
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from experiments.common import cli
-from experiments.vllm.tiny_llama4 import make_tiny_llama4
-from experiments.vllm.variants import VARIANTS, Variant, environment
+from experiments.vllm.tiny_models import FAMILIES, make_tiny
+from experiments.vllm.variants import VARIANTS, Variant, environment, variants_of
 
-TINY_ENGINE = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 4}
+TINY_ENGINE: dict[str, Any] = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 4}
+NO_VIDEOS = {"limit_mm_per_prompt": {"image": 1, "video": 0}}
 
 EXAMPLES = """  %(prog)s
       the sample photograph and a tiny random Llama 4 that it makes itself: its text means nothing
@@ -56,12 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
         _check(options)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    variants = [variant for variant in VARIANTS if variant.key in options.variants]
     with tempfile.TemporaryDirectory() as folder:
-        model = options.model
-        if model is None:
-            model = Path(folder) / "tiny-llama4"
-            make_tiny_llama4(model)
+        model = make_tiny(options.tiny, Path(folder)) if options.model is None else options.model
+        keys = options.variants or [variant.key for variant in variants_of(model)]
+        variants = [variant for variant in VARIANTS if variant.key in keys]
         progress = tqdm(variants, unit="variant")
         answers = [_generate(variant, options, model.resolve(), Path(folder)) for variant in progress]
     console.print(_table(options, answers))
@@ -75,10 +74,17 @@ def _parser() -> argparse.ArgumentParser:
     keys = [variant.key for variant in VARIANTS]
     sample = Path(get_sample_data("grace_hopper.jpg", asfileobj=False))
     parser.add_argument("--image", type=Path, nargs="+", default=[sample], help="default: matplotlib's photograph")
-    parser.add_argument("--model", type=Path, help="folder of a Llama 4 checkpoint (default: a tiny random one)")
+    parser.add_argument("--model", type=Path, help="folder of a checkpoint (default: a tiny random one)")
+    parser.add_argument(
+        "--tiny", choices=FAMILIES, default="llama4", metavar="FAMILY",
+        help=f"which tiny random one: {' '.join(FAMILIES)} (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--prompt", default="What is in this image?", help="default: %(default)s")
     parser.add_argument("--max-tokens", type=cli.positive, default=64, help="default: %(default)s")
-    parser.add_argument("--variants", nargs="+", choices=keys, default=keys, metavar="VARIANT", help=" ".join(keys))
+    parser.add_argument(
+        "--variants", nargs="+", choices=keys, metavar="VARIANT",
+        help=f"{' '.join(keys)} (default: those in which the model differs)",
+    )  # fmt: skip
     parser.add_argument("--engine", type=json.loads, default={}, help="further arguments of vllm.LLM, a JSON object")
     return parser
 
@@ -102,7 +108,9 @@ def _check(options: argparse.Namespace) -> None:
 def _generate(variant: Variant, options: argparse.Namespace, model: Path, folder: Path) -> Answers:
     out = folder / f"{variant.key}.json"
     engine = {"compilation_config": variant.compilation_config, "enforce_eager": not variant.compiled}
-    engine |= (TINY_ENGINE if options.model is None else {}) | options.engine
+    if options.model is None:
+        engine |= TINY_ENGINE | (NO_VIDEOS if FAMILIES[options.tiny].videos else {})
+    engine |= options.engine
     command = [
         sys.executable, "-P", "-m", "experiments.vllm.generate", str(model), str(out), "--prompt", options.prompt,
         "--max-tokens", str(options.max_tokens), "--engine", json.dumps(engine), "--image", *map(str, options.image),

@@ -45,7 +45,7 @@ def samples(variant: dict[str, Any], row: str) -> list[float]:
 def table(report: dict[str, Any]) -> Table:
     """Median (lowest to highest) over the rounds, a column a variant."""
     load = report["load"]
-    images = f"images of {load['images']}" if load["images"] else "random images in Llama 4's mix of tiles"
+    images = f"images of {load['images']}" if load["images"] else "random images in a mix of sizes"
     shown = Table(
         title=f"{report['model']}: {load['prompts']} requests a round, {images}; median (range) over the rounds",
         title_justify="left",

@@ -6,7 +6,7 @@ means nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +47,24 @@ def make_tiny_llama4(folder: Path, *, image_size: int = IMAGE_SIZE, seed: int = 
         tokenizer=tokenizer,
         patch_size=14,
         pixel_shuffle_ratio=0.5,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template(BEGIN, IMAGE),
     ).save_pretrained(folder)
 
 
-# One turn of the user, its images as placeholders in front of its text.
-CHAT_TEMPLATE = (
-    BEGIN + "{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}{% else %}"
-    + IMAGE
-    + "{% endif %}{% endfor %}{% endif %}{% endfor %}"
-)
+def chat_template(begin: str, image: str) -> str:
+    """One turn of the user, its images as placeholders in front of its text."""
+    return (
+        begin + "{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"
+        "{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}{% else %}"
+        + image
+        + "{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    )
 
 
-def byte_tokenizer(*, begin: str, end: str, pad: str, others: Sequence[str]) -> Any:
-    """One token a byte, and a model's special tokens."""
+def byte_tokenizer(
+    *, begin: str, end: str, pad: str, others: Sequence[str], named: Mapping[str, str] | None = None
+) -> Any:
+    """One token a byte, and a model's special tokens, some of which its processor asks for by a name."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -69,11 +72,14 @@ def byte_tokenizer(*, begin: str, end: str, pad: str, others: Sequence[str]) -> 
     bytes_only = Tokenizer(models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_only.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_only, bos_token=begin, eos_token=end, pad_token=pad, model_max_length=4096
-    )
+    tokens = {"bos_token": begin, "eos_token": end, "pad_token": pad, "model_max_length": 4096}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, **tokens)
     tokenizer.add_special_tokens({"additional_special_tokens": list(others)})
-    return tokenizer
+    if named is None:
+        return tokenizer
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, **tokens, extra_special_tokens=dict(named)
+    )
 
 
 def _config(tokenizer: Any, image_size: int) -> Any:

@@ -7,7 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-MODES = ("off", "kernels", "encoder")
+from vit_encoder.configs import read_json_object
+from vit_encoder.integrations.vllm.plugin import MODELS, MODES
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,12 @@ class Variant:
     @property
     def name(self) -> str:
         """As tables show it: "vLLM alone, compiled"."""
-        whose = {"off": "vLLM alone", "kernels": "our kernels", "encoder": "our encoder"}[self.mode]
+        whose = {
+            "off": "vLLM alone",
+            "attention": "our attention",
+            "kernels": "our kernels",
+            "encoder": "our encoder",
+        }[self.mode]
         return f"{whose}, {'compiled' if self.compiled else 'not compiled'}"
 
     @property
@@ -40,6 +46,14 @@ class Variant:
 
 
 VARIANTS = tuple(Variant(mode, compiled) for compiled in (False, True) for mode in MODES)
+
+
+def variants_of(model: Path) -> list[Variant]:
+    """vLLM alone, and the modes that have something for a checkpoint's model that the ones before them have not."""
+    architectures = read_json_object(model / "config.json").get("architectures") or []
+    special = [mode for mode, models in MODELS.items() if any(name in models for name in architectures)]
+    modes = {"off", *special} if "kernels" in special else {"off", "attention", *special}
+    return [variant for variant in VARIANTS if variant.mode in modes]
 
 
 def environment(variant: Variant, cache: Path) -> dict[str, str]:

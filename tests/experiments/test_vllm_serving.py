@@ -18,11 +18,11 @@ import pytest
 from experiments.vllm import __main__ as serve_vllm
 from experiments.vllm import load as vllm_load
 from experiments.vllm import server as vllm_server
-from experiments.vllm.load import TILE_MIX, Load, drive, image_files, tile_mix
+from experiments.vllm.load import TILE_MIX, Load, drive, image_files, image_mix
 from experiments.vllm.report import differences, draw, table
 from experiments.vllm.server import Server, ServerError, check_port, free_port, serving
 from experiments.vllm.timer import EncoderTimer
-from experiments.vllm.variants import VARIANTS, Variant, environment
+from experiments.vllm.variants import VARIANTS, Variant, environment, variants_of
 
 # Answers as vLLM does, with a process beside itself; what it must not do comes in the environment.
 SERVER = """
@@ -148,23 +148,40 @@ def test_the_environment_of_a_variant(tmp_path: Path, monkeypatch: pytest.Monkey
     assert variables["VIT_KERNELS_VLLM"] == "encoder"
     assert variables["VLLM_CACHE_ROOT"] == str(tmp_path)
     assert "TRITON_INTERPRET" not in variables
-    assert len({variant.key for variant in VARIANTS} | {variant.name for variant in VARIANTS}) == 12
+    assert len({variant.key for variant in VARIANTS} | {variant.name for variant in VARIANTS}) == 16
+
+
+@pytest.mark.parametrize(
+    ("architecture", "modes"),
+    [
+        ("Llama4ForConditionalGeneration", ["off", "kernels", "encoder"]),
+        ("Qwen2_5_VLForConditionalGeneration", ["off", "attention", "encoder"]),
+        ("Gemma3ForConditionalGeneration", ["off", "attention"]),
+    ],
+)
+def test_the_variants_are_those_in_which_a_model_differs(architecture: str, modes: list[str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    expected = [Variant(mode, compiled) for compiled in (False, True) for mode in modes]
+    assert variants_of(tmp_path) == expected
 
 
 def checkpoint(folder: Path, most: int | None) -> Path:
-    (folder / "config.json").write_text(json.dumps({"vision_config": {"image_size": 10}}))
+    config = {"model_type": "llama4", "vision_config": {"image_size": 10}}
+    (folder / "config.json").write_text(json.dumps(config))
     if most is not None:
         (folder / "processor_config.json").write_text(json.dumps({"image_processor": {"max_patches": most}}))
     return folder
 
 
-def test_the_tile_mix_keeps_to_what_the_checkpoint_allows(tmp_path: Path) -> None:
-    whole = tile_mix(checkpoint(tmp_path, None))
+def test_the_image_mix_keeps_to_what_the_checkpoint_allows(tmp_path: Path) -> None:
+    whole = image_mix(checkpoint(tmp_path, None))
     assert whole == {(10 * high, 10 * wide): pytest.approx(share) for (high, wide), share in TILE_MIX.items()}
-    small = tile_mix(checkpoint(tmp_path, 4))
+    small = image_mix(checkpoint(tmp_path, 4))
     assert sorted(small) == [(10, 10), (10, 20), (20, 20)]
     assert sum(small.values()) == pytest.approx(1)
     assert small[10, 10] / small[10, 20] == pytest.approx(0.25 / 0.2)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl"}))
+    assert image_mix(tmp_path) == {(336 * high, 336 * wide): share for (high, wide), share in TILE_MIX.items()}
 
 
 def test_only_images_of_a_folder_are_prompts(tmp_path: Path) -> None:

@@ -106,9 +106,9 @@ def test_the_uncompiled_encoder_makes_no_graph() -> None:
 def test_the_encoder_is_ours() -> None:
     for compiled in (False, True):
         (vision_model,) = reported(Run("encoder", compiled))["vision_models"]
-        assert vision_model["module"] == "vit_encoder.integrations.vllm.encoder"
+        assert vision_model["module"] == "vit_encoder.integrations.vllm.llama4_encoder"
 
 
 @pytest.mark.parametrize("run", [ALONE_UNCOMPILED, Run("kernels", compiled=False)], ids=ids)
 def test_one_line_of_the_log_says_whose_encoder_runs(run: Run) -> None:
-    assert_said_once(reported(run)["log"], run.mode)
+    assert_said_once(reported(run)["log"], run.mode, LAYERS)

@@ -4,7 +4,6 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,23 +12,17 @@ if importlib.util.find_spec("vllm") is None:
         "vLLM is not installed here; ./scripts/test_vllm.sh makes an environment for it", allow_module_level=True
     )
 
+from tests.integrations.vllm_world import one_worker
+
 # vLLM and what it imports warn about each other.
 pytestmark = pytest.mark.filterwarnings("default")
 LAYERS = 2
 
 
-@pytest.fixture(scope="module")
-def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A world of one process, as vLLM's parallel layers want it."""
-    from vllm import distributed
-    from vllm.config import VllmConfig, set_current_vllm_config
-
-    store = tmp_path_factory.mktemp("world") / "store"
-    with set_current_vllm_config(VllmConfig()):
-        distributed.init_distributed_environment(1, 0, f"file://{store}", 0, backend="gloo")
-        distributed.initialize_model_parallel()
+@pytest.fixture(scope="module", autouse=True)
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with one_worker(tmp_path_factory.mktemp("world")):
         yield
-    distributed.cleanup_dist_env_and_memory()
 
 
 def recording_quantisation() -> Any:
@@ -77,9 +70,17 @@ def recording_quantisation() -> Any:
     return Recording()
 
 
-def test_every_linear_layer_of_our_encoder_is_quantised_where_vllms_is(one_worker: None) -> None:
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+# Our class, vLLM's, their configuration, their inputs, and how many linear layers it has beside those of its layers.
+Case = tuple[Any, Any, Any, tuple[Any, ...], int]
+
+
+def llama4() -> Case:
     from transformers import Llama4VisionConfig
-    from vit_encoder.integrations.vllm.encoder import VisionModel
+    from vit_encoder.integrations.vllm.llama4_encoder import VisionModel
     from vllm.model_executor.models import mllama4
 
     config = Llama4VisionConfig(
@@ -87,30 +88,90 @@ def test_every_linear_layer_of_our_encoder_is_quantised_where_vllms_is(one_worke
         patch_size=14, pixel_shuffle_ratio=0.5, projector_input_dim=128, projector_output_dim=128,
         vision_output_dim=128, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )  # fmt: skip
-    ours, theirs = recording_quantisation(), recording_quantisation()
-    encoder = VisionModel(config, quant_config=ours, prefix="vision_model")
-    vllms = mllama4.Llama4VisionModel(config, quant_config=theirs, prefix="vision_model")
-    assert ours.asked == theirs.asked
-    assert len(ours.asked) == 1 + 4 * LAYERS + 2
+    return VisionModel, mllama4.Llama4VisionModel, config, (normal(3, 3, 112, 112),), 3
+
+
+# Odd numbers of units, several frames, and a single unit.
+GRIDS = [[1, 6, 10], [3, 4, 4], [1, 2, 2]]
+
+
+def qwen2_5_vl() -> Case:
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+    from vit_encoder.integrations.vllm.qwen2_5_vl_encoder import VisionModel
+    from vllm.model_executor.models import qwen2_5_vl
+
+    config = Qwen2_5_VLVisionConfig(
+        depth=LAYERS, hidden_size=160, num_heads=2, intermediate_size=212, out_hidden_size=96, window_size=56,
+        fullatt_block_indexes=[1],
+    )  # fmt: skip
+    patches = sum(frames * rows * columns for frames, rows, columns in GRIDS)
+    return VisionModel, qwen2_5_vl.Qwen2_5_VisionTransformer, config, (normal(patches, 1176), GRIDS), 2
+
+
+def made(kind: Any, config: Any, quantisation: Any = None) -> Any:
+    return kind(config, quant_config=quantisation, prefix="vision")
+
+
+def initialised(encoder: Any, like: Any) -> None:
+    """Weights with which attention is far from flat, the same in both."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in encoder.parameters():
-        parameter.data.normal_(0, 0.05, generator=generator)
-    vllms.load_state_dict(encoder.state_dict())
-    pixel_values = torch.randn(3, 3, 112, 112, generator=generator)
+    for name, parameter in encoder.named_parameters():
+        deviation = 0.15 if "qkv" in name else 0.05
+        parameter.data.normal_(float("norm" in name and parameter.dim() == 1), deviation, generator=generator)
+    like.load_state_dict(encoder.state_dict())
+
+
+@pytest.mark.parametrize("case", [llama4, qwen2_5_vl], ids=lambda case: case.__name__)
+def test_every_linear_layer_of_our_encoder_is_quantised_where_vllms_is(case: Any) -> None:
+    our_class, their_class, config, inputs, others = case()
+    ours, theirs = recording_quantisation(), recording_quantisation()
+    encoder, vllms = made(our_class, config, ours), made(their_class, config, theirs)
+    assert ours.asked == theirs.asked
+    assert len(ours.asked) == 4 * LAYERS + others
+    initialised(encoder, vllms)
     with torch.inference_mode():
-        out, expected = encoder(pixel_values), vllms(pixel_values)
+        out, expected = encoder(*inputs), vllms(*inputs)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     assert ours.ran == theirs.ran
     assert sorted(ours.ran) == sorted(ours.asked)
 
 
-@pytest.mark.parametrize("backend", ["TORCH_SDPA", "FLASH_ATTN", "FLASHINFER"])
-def test_our_attention_gets_boundaries_in_tokens_whatever_backend_vllm_chose(backend: str) -> None:
-    from vit_encoder.integrations.vllm.kernels import VarlenEncoderAttention
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+def qwen2_5_vl_encoder(dtype: torch.dtype = torch.float32) -> tuple[Any, Any, tuple[Any, ...]]:
+    """Ours and vLLM's of the same weights, ready to compute, and their inputs."""
+    our_class, their_class, config, (pixels, grids), _ = qwen2_5_vl()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        models = [made(kind, config) for kind in (our_class, their_class)]
+    finally:
+        torch.set_default_dtype(default)
+    initialised(*models)
+    for module in (module for model in models for module in model.modules()):
+        if getattr(module, "quant_method", None) is not None:
+            module.quant_method.process_weights_after_loading(module)
+    return *models, (pixels.to(dtype), grids)
 
-    boundaries = np.array([0, 16, 24], np.int32)
-    asked = (AttentionBackendEnum[backend], boundaries, 160, 1, torch.device("cpu"))
-    found = VarlenEncoderAttention.maybe_recompute_cu_seqlens(*asked, fp8_padded_hidden_size=None)
-    assert found.tolist() == [0, 16, 24]
-    assert found.dtype == torch.int32
+
+def test_qwen2_5_vl_takes_the_metadata_that_vllm_pads_for_a_cuda_graph() -> None:
+    ours, vllms, (pixels, grids) = qwen2_5_vl_encoder()
+    metadata = vllms.prepare_encoder_metadata(grids, max_batch_size=8, max_window_seqs_per_batch=32)
+    assert len(metadata["cu_seqlens"]) == 9
+    with torch.inference_mode():
+        out, expected = (model(pixels, None, encoder_metadata=metadata) for model in (ours, vllms))
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(out, ours(pixels, grids), atol=1e-5, rtol=1e-5)
+
+
+def test_qwen2_5_vl_in_float16_is_close_and_its_last_norm_takes_what_overflowed() -> None:
+    from vllm.model_executor.models.utils import cast_overflow_tensors
+
+    ours, vllms, inputs = qwen2_5_vl_encoder(torch.float16)
+    # The norm at the end of the last layer is the merger's.
+    norm_out, norm = ours.whole[0].encoder.layers[-1].norm_out, vllms.merger.ln_q
+    x = normal(6, 160).half() * 1e4
+    x[0, 3], x[1, 7] = torch.inf, -torch.inf
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(*inputs), vllms(*inputs), atol=0.05, rtol=0.05)
+        expected = norm(cast_overflow_tensors(x))
+        assert not norm(x).isfinite().all()
+        torch.testing.assert_close(norm_out(x), expected, atol=0.01, rtol=0.02)

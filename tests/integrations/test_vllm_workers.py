@@ -10,6 +10,8 @@ if importlib.util.find_spec("vllm") is None:
         "vLLM is not installed here; ./scripts/test_vllm.sh makes an environment for it", allow_module_level=True
     )
 
+from experiments.vllm.tiny_models import VISION_LAYERS
+from tests.integrations.vllm_engine import cases
 from tests.integrations.vllm_engines import Run, assert_said_once, assert_same_text, reported
 
 CASES = ["text only", "several tiles", "several images", "one tile"]
@@ -20,6 +22,11 @@ ALONE = Run("off", compiled=False, workers=2)
 SHARDED = [replace(ALONE, mode=mode, compiled=True, in_process=False) for mode in ("kernels", "encoder")]
 DATA = [replace(ALONE, mode=mode, encoder_data=True) for mode in ("kernels", "encoder")]
 OURS = [*SHARDED, *DATA]
+QWEN2_5_VL = [
+    replace(run, mode=mode, family="qwen2_5_vl")
+    for run, modes in ((SHARDED[0], ("attention", "encoder")), (DATA[0], ("encoder",)))
+    for mode in modes
+]
 
 
 def ids(run: Run) -> str:
@@ -57,4 +64,13 @@ def test_each_worker_has_its_share_of_the_heads_or_all_of_them(run: Run) -> None
 
 @pytest.mark.parametrize("run", [ALONE, *OURS], ids=ids)
 def test_one_line_of_all_processes_says_whose_encoder_runs(run: Run) -> None:
-    assert_said_once(reported(run)["log"], run.mode)
+    assert_said_once(reported(run)["log"], run.mode, LAYERS)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("run", QWEN2_5_VL, ids=ids)
+def test_qwen2_5_vl_gives_the_same_text_as_in_one_worker_of_vllm_alone(run: Run) -> None:
+    report, alone = reported(run), reported(Run("off", compiled=False, family=run.family))
+    for case in cases(run.family):
+        assert_same_text(report[case], alone[case])
+    assert [sum(worker.values()) for worker in report["attention_layers"]] == [VISION_LAYERS] * 2

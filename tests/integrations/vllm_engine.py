@@ -1,11 +1,13 @@
-"""One run of the real engine in a process of its own: what it generated, and what ran inside it, as JSON.
+"""Runs of the real engine, a model after the other, in a process of their own: what each generated, and what ran inside
+it, as JSON.
 
-`python -m tests.integrations.vllm_engine FAMILY MODEL OUT [--compiled] [--workers N] [--encoder-data]`; the environment
-chooses the variant (VIT_KERNELS_VLLM), and whether the engine is in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), so
-that the graphs of its worker can be seen.
+`python -m tests.integrations.vllm_engine FOLDER OUT FAMILY... [--compiled] [--workers N] [--encoder-data]`, the folder
+with a checkpoint under the name of each family. The environment chooses the variant (VIT_KERNELS_VLLM), and whether the
+engine is in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), so that the graphs of its worker can be seen.
 """
 
 import argparse
+import gc
 import importlib
 import json
 import re
@@ -22,7 +24,12 @@ import torch
 from PIL import Image
 from torch._dynamo.output_graph import OutputGraph
 
-VISION_FILES = ("models/mllama4.py", "models/qwen2_5_vl.py", "integrations/vllm/encoder.py")
+from experiments.vllm.tiny_models import FAMILIES
+
+VISION_FILES = (
+    "models/mllama4.py", "models/qwen2_5_vl.py", "models/qwen3_vl.py", "integrations/vllm/llama4_encoder.py",
+    "integrations/vllm/qwen2_5_vl_encoder.py",
+)  # fmt: skip
 # Images (height, width) in each prompt.
 CASES: dict[str, dict[str, list[tuple[int, int]]]] = {
     "llama4": {
@@ -38,12 +45,19 @@ CASES: dict[str, dict[str, list[tuple[int, int]]]] = {
         # Of 3 x 5 merge units: some windows have 2 or 1 instead of 4.
         "ragged windows": [(84, 140)],
         "several images": [(84, 84), (56, 196)],
+        "one unit": [(28, 28)],
     },
 }
-PROMPTS = {
-    "llama4": ("<|begin_of_text|>", "<|image|>"),
-    "qwen2_5_vl": ("<|im_start|>", "<|vision_start|><|image_pad|><|vision_end|>"),
+OTHER_CASES: dict[str, list[tuple[int, int]]] = {
+    "text only": [],
+    "one image": [(112, 168)],
+    "several images": [(96, 96), (64, 192)],
 }
+
+
+def cases(family: str) -> dict[str, list[tuple[int, int]]]:
+    """What a family's model is asked."""
+    return CASES.get(family, OTHER_CASES)
 
 
 class Inspector:
@@ -54,14 +68,23 @@ class Inspector:
     def vision_model(self) -> dict[str, Any]:
         """Whose it is, whether it was compiled, the file of its compiled code, and the shapes of its biases."""
         model = self.model_runner.get_model()
-        vision = model.visual if hasattr(model, "visual") else model.vision_model
+        names = ("visual", "vision_model", "vision_tower", "vision_encoder")
+        vision = next(getattr(model, name) for name in names if hasattr(model, name))
+        # Ours is a module of its own within, of vLLM's modules.
+        compiled = getattr(vision, "whole", [vision])[0]
         biases = {name: list(x.shape) for name, x in vision.named_parameters() if name.endswith("bias")}
         return {
             "module": type(vision).__module__,
-            "compiled": getattr(vision, "compiled", False),
-            "artefact": getattr(vision, "_aot_compilation_path", None),
+            "compiled": getattr(compiled, "compiled", False),
+            "artefact": getattr(compiled, "_aot_compilation_path", None),
             "biases": biases,
         }
+
+    def attention_layers(self) -> dict[str, int]:
+        """How many attention layers of the encoder are ours, or why they are not, as the plugin's line of the log."""
+        from vit_encoder.integrations.vllm.attention import summary
+
+        return dict(summary(self.model_runner.get_model()))
 
     def attention_calls(self) -> dict[str, int]:
         """Calls of our attention's CPU kernel since the last question, and how many of them compiled code made.
@@ -98,8 +121,8 @@ def image(height: int, width: int) -> Image.Image:
 def generated(llm: Any, family: str, sizes: list[tuple[int, int]]) -> dict[str, Any]:
     from vllm import SamplingParams
 
-    begin, placeholder = PROMPTS[family]
-    prompt: dict[str, Any] = {"prompt": begin + placeholder * len(sizes) + "hello"}
+    of = FAMILIES[family]
+    prompt: dict[str, Any] = {"prompt": of.begin + of.image * len(sizes) + "hello"}
     if sizes:
         prompt["multi_modal_data"] = {"image": [image(*size) for size in sizes]}
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0)
@@ -135,39 +158,52 @@ def recorded_graphs() -> Iterator[list[dict[str, Any]]]:
         yield graphs
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("family", choices=CASES)
-    parser.add_argument("model")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--encoder-data", action="store_true")
-    arguments = parser.parse_args()
-
+def report_of(family: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What one model's engine did."""
     from vllm import LLM
 
+    limits = {"image": 2, "video": 0} if FAMILIES[family].videos else {"image": 2}
     with recorded_graphs() as graphs:
         llm = LLM(
-            arguments.model, dtype="float32", max_model_len=1024, max_num_seqs=4,
-            limit_mm_per_prompt={"image": 2, "video": 0} if arguments.family == "qwen2_5_vl" else {"image": 2},
-            compilation_config={"compile_mm_encoder": arguments.compiled}, enforce_eager=not arguments.compiled,
-            enable_prefix_caching=False, mm_processor_cache_gb=0, seed=0, tensor_parallel_size=arguments.workers,
-            mm_encoder_tp_mode="data" if arguments.encoder_data else "weights",
+            str(folder / family), dtype="float32", max_model_len=1024, max_num_seqs=4, limit_mm_per_prompt=limits,
+            compilation_config={"compile_mm_encoder": options.compiled}, enforce_eager=not options.compiled,
+            enable_prefix_caching=False, mm_processor_cache_gb=0, seed=0, tensor_parallel_size=options.workers,
+            mm_encoder_tp_mode="data" if options.encoder_data else "weights",
             worker_extension_cls="tests.integrations.vllm_engine.Inspector",
         )  # fmt: skip
         report: dict[str, Any] = {}
         llm.collective_rpc("attention_calls")
-        for name, sizes in CASES[arguments.family].items():
+        for name, sizes in cases(family).items():
             try:
-                report[name] = generated(llm, arguments.family, sizes)
+                report[name] = generated(llm, family, sizes)
                 report[name]["attention"] = llm.collective_rpc("attention_calls")
             except Exception as error:
                 report[name] = {"error": f"{type(error).__name__}: {error}"}
         report["vision_models"] = llm.collective_rpc("vision_model")
+        report["attention_layers"] = llm.collective_rpc("attention_layers")
     # The text model's graph is none of ours.
     report["graphs"] = [graph for graph in graphs if any(file.endswith(VISION_FILES) for file in graph["files"])]
-    arguments.out.write_text(json.dumps(report, indent=1))
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("families", nargs="+", choices=FAMILIES)
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--encoder-data", action="store_true")
+    options = parser.parse_args()
+
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    reports = {}
+    for family in options.families:
+        reports[family] = report_of(family, options.folder, options)
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    options.out.write_text(json.dumps(reports, indent=1))
 
 
 if __name__ == "__main__":

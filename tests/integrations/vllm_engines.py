@@ -1,7 +1,7 @@
 """Runs of the real vLLM for its tests: what each reported, made when it is first asked for.
 
-Every run is a process of its own, and all share one cache folder; the tests look at its report (see
-`tests/integrations/vllm_engine.py`).
+Runs of a group of families are one process, and all processes share one cache folder; the tests look at the report of
+their family (see `tests/integrations/vllm_engine.py`).
 """
 
 import atexit
@@ -11,18 +11,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from vit_encoder.integrations.vllm.plugin import MODES
 
-from experiments.vllm.tiny_llama4 import make_tiny_llama4
+from experiments.vllm.tiny_models import FAMILIES
 from experiments.vllm.variants import Variant, environment
-from tests.encoder.tiny_qwen2_5_vl import make_tiny_qwen2_5_vl
 
 ROOT = Path(__file__).parents[2]
-MODELS = {"llama4": make_tiny_llama4, "qwen2_5_vl": make_tiny_qwen2_5_vl}
+# Families that share a process, which takes longer to start than to serve one of them.
+GROUPS = (("llama4",), ("qwen2_5_vl", "qwen3_vl"), ("gemma3", "internvl", "pixtral", "glm4_1v"))
 
 
 @dataclass(frozen=True)
@@ -55,26 +56,31 @@ class Run:
         return ["--workers", str(self.workers), *flags]
 
 
-@functools.cache
 def reported(run: Run) -> dict[str, Any]:
-    """What a run reported of each case and of the engine; `log` is what its processes printed."""
+    """What a run reported of each case and of the engine; `log` is what the processes of its group printed."""
+    (group,) = (group for group in GROUPS if run.family in group)
+    return _group_report(replace(run, family=group[0]), group)[run.family]
+
+
+@functools.cache
+def _group_report(run: Run, families: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     out = _folder() / f"{run.key}.json"
-    command = [sys.executable, "-m", "tests.integrations.vllm_engine", run.family, str(_model(run.family)), str(out)]
+    for family in families:
+        _make(family)
+    command = [sys.executable, "-m", "tests.integrations.vllm_engine", str(_folder()), str(out), *families]
     variables = environment(Variant(run.mode, run.compiled), _folder() / "cache")
     variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not run.in_process))
     done = subprocess.run(
-        [*command, *run.arguments], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600
+        [*command, *run.arguments], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    report: dict[str, Any] = json.loads(out.read_text())
-    return report | {"log": done.stdout + done.stderr}
+    reports: dict[str, dict[str, Any]] = json.loads(out.read_text())
+    return {family: report | {"log": done.stdout + done.stderr} for family, report in reports.items()}
 
 
 @functools.cache
-def _model(family: str) -> Path:
-    folder = _folder() / family
-    MODELS[family](folder)
-    return folder
+def _make(family: str) -> None:
+    FAMILIES[family].make(_folder() / family)
 
 
 @functools.cache
@@ -92,8 +98,14 @@ def assert_same_text(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-4)
 
 
-def assert_said_once(log: str, mode: str) -> None:
-    """One line of all the processes, and the one of this mode."""
+def assert_said_once(log: str, mode: str, layers: int) -> None:
+    """One line of all the processes says the mode, and where it swaps attention another one in how many layers."""
     (line,) = [line for line in log.splitlines() if "VIT_KERNELS_VLLM=" in line]
-    told = "vit_kernels is installed and off" if mode == "off" else f"VIT_KERNELS_VLLM={mode}: the vision part of"
+    told = "vit_kernels is installed and off" if mode == "off" else f"VIT_KERNELS_VLLM={mode}: {MODES[mode]} comes from"
     assert told in line
+    lines = [line for line in log.splitlines() if "vit_kernels: " in line]
+    if mode in ("off", "encoder"):
+        assert lines == []
+    else:
+        (line,) = lines
+        assert line.endswith(f"vit_kernels: attention of {layers} encoder layers is ours")

@@ -39,8 +39,8 @@ def default_vllm_config() -> Iterator[Any]:
 
 @pytest.fixture(scope="session", autouse=True)
 def our_attention() -> None:
-    """In the place of vLLM's, as `VIT_KERNELS_VLLM=kernels` puts it, unless this is the run without."""
+    """In the place of vLLM's, as `VIT_KERNELS_VLLM=attention` puts it, unless this is the run without."""
     if os.environ["PEERS_RUN"] != "stock":
-        from vit_encoder.integrations.vllm.kernels import swap_in_attention
+        from vit_encoder.integrations.vllm.attention import swap_in
 
-        swap_in_attention()
+        swap_in()

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("vllm_engine", "vllm_qwen2_5_vl", "vllm_workers", "vllm_layers", "vllm_plugin", "dataset")
+NAMES = (
+    "vllm_engine", "vllm_models", "vllm_workers", "vllm_attention", "vllm_conventions", "vllm_layers", "vllm_loading",
+    "vllm_towers", "vllm_plugin", "dataset",
+)  # fmt: skip
 
 # Stands for python3 and for the python of the environment; what computes is run by a real Python.
 STUB = f"""#!/usr/bin/env bash

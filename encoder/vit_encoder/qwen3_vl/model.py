@@ -178,8 +178,7 @@ class Qwen3VLVisionEncoder(nn.Module):
         """
         if not torch.compiler.is_compiling():
             self.validate_inputs(pixel_values, position_taps, position_weights, cu_seqlens, cos, sin)
-        elif not tracing.frozen:
-            self._check_parts()
+        self._check_parts()
         units = position_taps.shape[0]
         torch._check(units > 0)
         torch._check(position_weights.shape[0] == units)
@@ -241,7 +240,6 @@ class Qwen3VLVisionEncoder(nn.Module):
 
     def validate_pixel_values(self, pixel_values: Tensor) -> None:
         """Raise what forward's docstring says of the pixels."""
-        self._check_parts()
         check_pixel_values(pixel_values, self.config, getattr(self.norm_in, "weight", None))
 
     def keep_layers(self, count: int) -> None:

@@ -4,7 +4,7 @@ Qwen3-VL.
 Importing this imports no transformers; calling its functions does.
 """
 
-from vit_encoder.integrations.transformers.attention import register_attention
+from vit_encoder.integrations.transformers.attention import register_attention, use_packed_attention
 from vit_encoder.integrations.transformers.llama4 import apply_to_llama4, revert_llama4
 from vit_encoder.integrations.transformers.qwen2_5_vl import apply_to_qwen2_5_vl, revert_qwen2_5_vl
 from vit_encoder.integrations.transformers.qwen3_vl import apply_to_qwen3_vl, revert_qwen3_vl
@@ -17,4 +17,5 @@ __all__ = [
     "revert_llama4",
     "revert_qwen2_5_vl",
     "revert_qwen3_vl",
+    "use_packed_attention",
 ]

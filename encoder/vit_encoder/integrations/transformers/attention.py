@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from vit_kernels import varlen_attention
 from vit_encoder.integrations.transformers.masks import Sequences, sequences_of_mask
 
 NAME = "vit_varlen"
+# transformers packs sequences for attention whose name has "flash" in it.
+PACKED_NAME = "vit_varlen_flash"
 # What changes the result and is not ours to compute.
 _UNSUPPORTED = (
     "block_indices", "cache", "indices", "position_bias", "s_aux", "sinks", "sliding_window", "softcap",
@@ -25,8 +28,9 @@ def register_attention() -> None:
     Attention masks must split the tokens into few sequences (Pixtral's blocks, keys padded in one or two dimensions,
     Mllama's tiles); they are read on the host, once a forward, which waits for the device. Keys with padding between
     them are gathered. A query that sees no key gives zeros (SDPA: the same with a boolean mask, a mean of all values
-    with the dtype's minimum); a bias is refused. An encoder that calls attention once a sequence (Qwen2.5-VL) stays
-    right but gains nothing from packing. `output_attentions=True` gives no weights, with one warning, as for SDPA.
+    with the dtype's minimum); a bias is refused. An encoder that packs its sequences (Qwen2-VL and later, GLM-4V,
+    PaddleOCR-VL) calls attention once for each of them, unless its name says flash attention: `use_packed_attention`
+    gives it ours under such a name. `output_attentions=True` gives no weights, with one warning, as for SDPA.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
@@ -34,8 +38,44 @@ def register_attention() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, varlen_attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    for name, forward in ((NAME, varlen_attention_forward), (PACKED_NAME, _packed_attention_forward)):
+        AttentionInterface.register(name, forward)
+        AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def use_packed_attention(model: nn.Module) -> Callable[[], None]:
+    """Give an encoder that packs its sequences our attention in one call a layer, as "vit_varlen_flash".
+
+    transformers' Qwen2-VL, Qwen2.5-VL, Qwen3-VL and the like split a batch at its frames or windows, on the host and in
+    every layer, unless the implementation's name has "flash" in it; `set_attn_implementation` takes such names for
+    packages to be loaded, and refuses ours. With the tensors of `transformers.vision_utils` given to the encoder as
+    keyword arguments, and a constant `max_seqlen`, which ours ignores, its forward reads nothing on the host. It
+    compiles with `fullgraph=True`: to one graph for all sizes where the first dimension of each tensor is marked
+    (`torch._dynamo.decorators.mark_unbacked`), else to further ones for a single image, frame or window.
+
+    Args:
+        model: an encoder, or a whole model with a `vision_config`, of which the encoder alone is changed.
+
+    Returns:
+        A function that gives the encoder back the implementation it had.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
+        TypeError: this is no model of transformers.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: got {type(model).__name__}, expected a PreTrainedModel")
+    register_attention()
+    config: Any = getattr(model.config, "vision_config", model.config)
+    before = config._attn_implementation
+    config._attn_implementation = PACKED_NAME
+
+    def restore() -> None:
+        config._attn_implementation = before
+
+    return restore
 
 
 def varlen_attention_forward(
@@ -94,15 +134,31 @@ def varlen_attention_forward(
     return out.unflatten(0, (batch, tokens)), None
 
 
+def _packed_attention_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """As `varlen_attention_forward`, for callers that take it for flash attention.
+
+    Raises:
+        ValueError: also positions without boundaries: flash attention finds the sequences in them.
+    """
+    if kwargs.get("position_ids") is not None and kwargs.get("cu_seq_lens_q") is None:
+        raise ValueError(
+            f"position_ids: got {kwargs['position_ids']!r:.80}, expected cu_seq_lens_q and cu_seq_lens_k: "
+            f"{PACKED_NAME} does not find sequences by them; {NAME} gets a mask instead"
+        )
+    return varlen_attention_forward(*args, **kwargs)
+
+
 def _check_last(name: str, boundaries: Tensor, rows: int) -> None:
     """Refuse the text model's boundaries, which some models hand down to all that they call."""
-    told = f"{name}: expected the boundaries of the {rows} tokens of this call"
     if boundaries.device.type == "cpu" and not torch.compiler.is_compiling():
         if boundaries[-1] != rows:
-            raise ValueError(f"{told}, got {boundaries.tolist()!r:.80}")
+            raise ValueError(
+                f"{name}: expected the boundaries of the {rows} tokens of this call, got {boundaries.tolist()!r:.80}"
+            )
     else:
-        # Nothing waits for the device; there it is a device-side assertion.
-        torch._assert_async(boundaries[-1] == rows, told)
+        # Nothing waits for the device; there it is a device-side assertion. A number in its text would be a constant of
+        # the graph, which would then be compiled for each number of tokens.
+        torch._assert_async(boundaries[-1] == rows, f"{name}: expected the boundaries of the tokens of this call")
 
 
 def _rows(x: Tensor, index: Tensor | None) -> Tensor:

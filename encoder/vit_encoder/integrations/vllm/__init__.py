@@ -1,4 +1,4 @@
-"""A vLLM plugin: the vision part of Llama 4 and Qwen2.5-VL with our kernels, or Llama 4's with our encoder.
+"""A vLLM plugin: our attention in every vision encoder, or our encoders for those of Llama 4 and Qwen2.5-VL.
 
 Importing this imports no vLLM; `register`, the entry point of the group `vllm.general_plugins`, does.
 """

@@ -10,24 +10,35 @@ import sys
 from pathlib import Path
 
 VARIABLE = "VIT_KERNELS_VLLM"
-MODES = ("off", "kernels", "encoder")
-# What was said last: the processes that this one starts inherit it, and do not repeat it.
+# What was said: the processes that this one starts inherit it, and do not repeat it.
 SAID = "VIT_KERNELS_VLLM_SAID"
 SUPPORTED_VERSIONS = ((0, 32),)
-ARCHITECTURES = {
-    "kernels": ("Llama4ForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
-    "encoder": ("Llama4ForConditionalGeneration",),
+# What each mode swaps, as the log says it.
+MODES = {
+    "off": "nothing",
+    "attention": "the attention of every vision encoder",
+    "kernels": "the attention of every vision encoder, and Llama 4's rotary embedding and pixel shuffle,",
+    "encoder": "the vision encoder of Llama 4 and of Qwen2.5-VL",
+}
+# The module here that has each mode's class in the place of one of vLLM's.
+MODELS = {
+    "attention": {},
+    "kernels": {"Llama4ForConditionalGeneration": "llama4_ops"},
+    "encoder": {
+        "Llama4ForConditionalGeneration": "llama4_encoder",
+        "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl_encoder",
+    },
 }
 
 
 def register() -> None:
-    """Swap the vision part of models as the environment variable VIT_KERNELS_VLLM says; once more changes nothing.
+    """Swap parts of vision encoders as the environment variable VIT_KERNELS_VLLM says; once more changes nothing.
 
-    `off`, the default, leaves vLLM as it is. `kernels` swaps attention, rotary embedding and pixel shuffle inside
-    vLLM's own encoder of Llama 4, and attention inside that of Qwen2.5-VL. `encoder` swaps in our encoder for Llama
-    4's, on vLLM's parallel layers and under its compile decorator. Nothing of vLLM is imported but its registry until
-    such a model is loaded, and other models stay as they are. A version of vLLM outside SUPPORTED_VERSIONS is left as
-    it is, with a warning.
+    `off`, the default, leaves vLLM as it is. `attention` swaps the attention of every encoder that is built on vLLM's
+    `MMEncoderAttention`, where ours takes it; nothing else of a model changes. `kernels` also swaps rotary embedding
+    and pixel shuffle in vLLM's encoder of Llama 4. `encoder` swaps in our encoders for Llama 4's and Qwen2.5-VL's, on
+    vLLM's parallel layers and under its compile decorator; other models stay as they are. A version of vLLM outside
+    SUPPORTED_VERSIONS is left as it is, with a warning.
 
     Raises:
         ValueError: VIT_KERNELS_VLLM is none of these.
@@ -36,7 +47,8 @@ def register() -> None:
     if mode not in MODES:
         raise ValueError(f"{VARIABLE}: got {mode!r}, expected {', '.join(MODES)}")
     if mode == "off":
-        _say("info", f"vit_kernels is installed and off; {VARIABLE}=kernels or {VARIABLE}=encoder turns it on")
+        others = ", ".join(f"{VARIABLE}={other}" for other in MODES if other != "off")
+        _say("info", f"vit_kernels is installed and off; one of {others} turns it on")
         return
     from vllm import ModelRegistry, envs
     from vllm.version import __version__, __version_tuple__
@@ -45,18 +57,31 @@ def register() -> None:
         known = ", ".join(".".join(map(str, version)) for version in SUPPORTED_VERSIONS)
         _say("warning", f"{VARIABLE}={mode} is ignored: got vLLM {__version__}, expected {known}; vLLM runs unchanged")
         return
-    for architecture in ARCHITECTURES[mode]:
-        ModelRegistry.register_model(architecture, f"vit_encoder.integrations.vllm.{mode}:{architecture}")
+    for architecture, module in MODELS[mode].items():
+        ModelRegistry.register_model(architecture, f"vit_encoder.integrations.vllm.{module}:{architecture}")
     # vLLM hashes these into the keys of its compile caches, which see no swapped op, and hands them to Ray's workers.
     envs.environment_variables[VARIABLE] = lambda: f"{mode}-{_sources_hash()}"
-    _say("info", f"{VARIABLE}={mode}: the vision part of {', '.join(ARCHITECTURES[mode])} comes from vit_kernels")
+    _say("info", f"{VARIABLE}={mode}: {MODES[mode]} comes from vit_kernels")
+    _swap_in(mode)
+
+
+def _swap_in(mode: str) -> None:
+    from vit_encoder.integrations.vllm import attention, loading
+
+    loading.follow_loading(loading.need_no_gradients)
+    if mode == "encoder":
+        return
+    loading.follow_loading(loading.tell_whose_attention)
+    if (others := attention.swap_in()) is not None:
+        _say("warning", f"{VARIABLE}={mode}: attention stays that of {others}, which another plugin put there before")
 
 
 def _say(level: str, text: str) -> None:
-    """One line in the log of the first process that gets here."""
-    if os.environ.get(SAID) == text:
+    """One line in the log of the first process that gets to it."""
+    said = os.environ.get(SAID, "").splitlines()
+    if text in said:
         return
-    os.environ[SAID] = text
+    os.environ[SAID] = "\n".join([*said, text])
     from vllm.logger import init_logger
 
     logger = init_logger("vllm.plugins.vit_kernels")

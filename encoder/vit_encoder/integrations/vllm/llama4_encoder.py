@@ -6,10 +6,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.models import mllama4
 
+from vit_encoder.integrations.vllm.parallel import Linear
 from vit_encoder.llama4 import Llama4VisionConfig
 from vit_encoder.llama4 import Llama4VisionModel as Encoder
 
@@ -35,18 +36,6 @@ class _Encoder(Encoder):
         """vLLM checks its inputs, and its quantised weights have dtypes of their own."""
 
 
-class _Linear(nn.Module):
-    """A linear layer of vLLM, which returns its output and a bias; looked up, since LoRA replaces it."""
-
-    def __init__(self, owner: nn.Module, name: str) -> None:
-        super().__init__()
-        self.owner = owner
-        self.name = name
-
-    def forward(self, x: Tensor) -> Tensor:
-        return getattr(self.owner, self.name)(x)[0]
-
-
 def _encoder_on(vision: Any) -> Encoder:
     """Our encoder made of the modules of vLLM's."""
     with torch.device("meta"):
@@ -54,7 +43,7 @@ def _encoder_on(vision: Any) -> Encoder:
     encoder.class_embedding = vision.class_embedding
     encoder.position_embedding = vision.positional_embedding_vlm
     encoder.rotary.to(vision.class_embedding.device)
-    encoder.patch_embed = _Linear(vision.patch_embedding, "linear")  # type: ignore[assignment]
+    encoder.patch_embed = Linear(vision.patch_embedding, "linear")  # type: ignore[assignment]
     norms = [*(theirs.input_layernorm for theirs in vision.model.layers), vision.layernorm_post]
     encoder.norm_pre, encoder.norm_in = vision.layernorm_pre, norms[0]
     _take_mlp(encoder.adapter, vision.vision_adapter.mlp)
@@ -62,14 +51,14 @@ def _encoder_on(vision: Any) -> Encoder:
     for ours, theirs, norm_out in zip(encoder.layers, vision.model.layers, norms[1:], strict=True):
         ours.norm_2, ours.norm_out = theirs.post_attention_layernorm, norm_out
         ours.attention.heads = theirs.self_attn.num_local_heads
-        ours.attention.qkv = _Linear(theirs.self_attn, "qkv_proj")
-        ours.attention.out_proj = _Linear(theirs.self_attn, "o_proj")
+        ours.attention.qkv = Linear(theirs.self_attn, "qkv_proj")
+        ours.attention.out_proj = Linear(theirs.self_attn, "o_proj")
         _take_mlp(ours.mlp, theirs.mlp)
     return encoder
 
 
 def _take_mlp(ours: Any, theirs: Any) -> None:
-    ours.fc1, ours.fc2 = _Linear(theirs, "fc1"), _Linear(theirs, "fc2")
+    ours.fc1, ours.fc2 = Linear(theirs, "fc1"), Linear(theirs, "fc2")
 
 
 class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
@@ -78,5 +67,3 @@ class Llama4ForConditionalGeneration(mllama4.Llama4ForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         with mock.patch.object(mllama4, "Llama4VisionModel", VisionModel):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
-        # On a CPU vLLM 0.32 compiles with gradients on, and such a graph keeps what a backward pass would need.
-        self.vision_model.requires_grad_(False)
