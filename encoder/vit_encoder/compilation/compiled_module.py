@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import itertools
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,7 @@ from vit_encoder.compilation.thread_state import ModelTag, tracing
 from vit_encoder.compilation.workarounds import compilation_lock, gradients_around_regions, workarounds
 
 # Otherwise all instances of a class share one limit of graphs (recompile_limit, 8), and one instance's graph counts as
-# another's recompilation. New in torch 2.13 or shortly before.
+# another's recompilation. Not in torch 2.11, where each gets code of its own: `_own_call`.
 _ISOLATED: dict[str, Any] = (
     {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 )
@@ -95,7 +96,17 @@ class CompiledModule:
     def _compile(self) -> Callable[..., Any]:
         options: dict[str, Any] = {"guard_filter_fn": _keep_others} if self.config.frozen_parameters else {}
         backend = _Backend(self.config, self.tag.name)
-        return torch.compile(nn.Module._call_impl, backend=backend, fullgraph=True, options=options, **_ISOLATED)
+        call = nn.Module._call_impl if _ISOLATED else _own_call()
+        return torch.compile(call, backend=backend, fullgraph=True, options=options, **_ISOLATED)
+
+
+def _own_call() -> Callable[..., Any]:
+    """`_call_impl` in a code object that no graph was made of yet: Dynamo keeps its graphs by code object."""
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    return types.FunctionType(call.__code__.replace(), globals(), call.__name__)
 
 
 class _MustCompile(Exception):  # noqa: N818 (it never reaches a caller)
@@ -106,12 +117,15 @@ class _MustCompile(Exception):  # noqa: N818 (it never reaches a caller)
 def _compiling(config: CompilationConfig) -> Iterator[None]:
     """What Dynamo is told while it traces; telling it takes too long for every call."""
     options = {"optimize_ddp": False, "specialize_float": True}
-    # Of itself Dynamo ignores hooks that a module gets after its graph was made.
-    options["skip_nnmodule_hook_guards"] = config.frozen_parameters
-    # Else references to the parameters stay, and those of a tensor subclass cannot be moved. Not in torch 2.11.
-    if isinstance(config.backend, str) and hasattr(torch._dynamo.config, "invalidate_compile_context_weakrefs"):
+    # Of itself Dynamo ignores hooks that a module gets after its graph was made, and that of torch 2.11 the dtype that a
+    # parameter gets in place.
+    options |= {"skip_nnmodule_hook_guards": config.frozen_parameters, "use_recursive_dict_tags_for_guards": False}
+    # Else references to the parameters stay, and those of a tensor subclass cannot be moved.
+    if isinstance(config.backend, str):
         options["invalidate_compile_context_weakrefs"] = True
-    dynamo = torch._dynamo.config.patch(options)
+    dynamo = torch._dynamo.config.patch(
+        {name: on for name, on in options.items() if hasattr(torch._dynamo.config, name)}
+    )
     oblivious = config.dynamic_shapes == "backed_size_oblivious" and not torch.is_grad_enabled()
     outer, tracing.may_compile = tracing.may_compile, True
     try:

@@ -394,8 +394,14 @@ def _mark(alias: Tensor, dims: tuple[int, ...], shapes: DynamicShapes, between: 
         torch._dynamo.mark_static(alias, dims[0])
         return
     mark = torch._dynamo.decorators.mark_unbacked if shapes == "unbacked" else torch._dynamo.mark_dynamic
-    if between == (1, MAX_INT):
+    if between == (1, MAX_INT) or not _takes_bounds(mark):
         for dim in dims:
             mark(alias, dim)
     else:
         mark(alias, dims[0], min=low, max=None if high == MAX_INT else high)
+
+
+@functools.cache
+def _takes_bounds(mark: Callable[..., None]) -> bool:
+    """Whether the sizes can be bounded; `mark_unbacked` of torch 2.11 cannot: its graph holds beyond the range too."""
+    return "min" in _signature(mark).parameters

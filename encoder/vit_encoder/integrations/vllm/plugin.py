@@ -13,7 +13,8 @@ VARIABLE = "VIT_KERNELS_VLLM"
 MODES = ("off", "kernels", "encoder")
 # What was said last: the processes that this one starts inherit it, and do not repeat it.
 SAID = "VIT_KERNELS_VLLM_SAID"
-SUPPORTED_VERSIONS = ((0, 32),)
+# 0.32 is tested. Of 0.33 the files of the classes that are swapped were compared: they are those of 0.32.
+SUPPORTED_VERSIONS = ((0, 32), (0, 33))
 ARCHITECTURES = {
     "kernels": ("Llama4ForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
     "encoder": ("Llama4ForConditionalGeneration",),
