@@ -20,12 +20,17 @@ from vit_encoder.compilation.cache import artifacts
 from vit_encoder.compilation.config import CompilationConfig, dump
 from vit_encoder.compilation.counter import compilation_counter
 from vit_encoder.compilation.thread_state import ModelTag, tracing
-from vit_encoder.compilation.workarounds import compilation_lock, gradients_around_regions, workarounds
+from vit_encoder.compilation.workarounds import TORCH, compilation_lock, gradients_around_regions, workarounds
 
 # Otherwise all instances of a class share one limit of graphs (recompile_limit, 8), and one instance's graph counts as
-# another's recompilation. Not in torch 2.11, where each gets code of its own: `_own_call`.
-_ISOLATED: dict[str, Any] = (
-    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+# another's recompilation. Where torch cannot do it (2.11), each gets code of its own: `_own_call`.
+ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+
+# Dynamo of these versions does not look at a parameter again whose dtype or `requires_grad` changed in place.
+_SHORTCUTS = (
+    {"use_recursive_dict_tags_for_guards": False, "skip_tensor_guards_with_matching_dict_tags": False}
+    if TORCH in ("2.11", "2.12")
+    else {}
 )
 
 _dumps = itertools.count()
@@ -96,8 +101,11 @@ class CompiledModule:
     def _compile(self) -> Callable[..., Any]:
         options: dict[str, Any] = {"guard_filter_fn": _keep_others} if self.config.frozen_parameters else {}
         backend = _Backend(self.config, self.tag.name)
-        call = nn.Module._call_impl if _ISOLATED else _own_call()
-        return torch.compile(call, backend=backend, fullgraph=True, options=options, **_ISOLATED)
+        if ISOLATES:
+            return torch.compile(
+                nn.Module._call_impl, backend=backend, fullgraph=True, options=options, isolate_recompiles=True
+            )
+        return torch.compile(_own_call(), backend=backend, fullgraph=True, options=options)
 
 
 def _own_call() -> Callable[..., Any]:
@@ -116,11 +124,9 @@ class _MustCompile(Exception):  # noqa: N818 (it never reaches a caller)
 @contextlib.contextmanager
 def _compiling(config: CompilationConfig) -> Iterator[None]:
     """What Dynamo is told while it traces; telling it takes too long for every call."""
-    options = {"optimize_ddp": False, "specialize_float": True}
-    # Of itself Dynamo ignores hooks that a module gets after its graph was made, and that of torch 2.11 the dtype that a
-    # parameter gets in place.
-    options |= {"skip_nnmodule_hook_guards": config.frozen_parameters, "use_recursive_dict_tags_for_guards": False}
-    # Else references to the parameters stay, and those of a tensor subclass cannot be moved.
+    options = {"optimize_ddp": False, "specialize_float": True, **_SHORTCUTS}
+    # Of itself Dynamo ignores hooks that a module gets after its graph was made.
+    options["skip_nnmodule_hook_guards"] = config.frozen_parameters
     if isinstance(config.backend, str):
         options["invalidate_compile_context_weakrefs"] = True
     dynamo = torch._dynamo.config.patch(

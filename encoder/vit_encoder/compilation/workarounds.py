@@ -17,9 +17,6 @@ from unittest import mock
 
 import torch
 import torch._functorch.config
-from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
-from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 TORCH = ".".join(torch.__version__.split(".")[:2])
 SEEN = ("2.11", "2.12", "2.13", "2.14", "2.15")
@@ -57,12 +54,14 @@ def _applies(parts: Callable[[], Mapping[Any, str]]) -> bool:
 
 
 def _inference() -> Mapping[Any, str]:
-    arguments = "self, state, key, func, args, kwargs, output"
+    from torch._subclasses import fake_tensor
+
+    mode, arguments = fake_tensor.FakeTensorMode, "self, state, key, func, args, kwargs, output"
     return {
         fake_tensor._DispatchCacheValidEntry: "output_infos, is_output_tuple",
-        FakeTensorMode._make_cache_entry: arguments,
-        FakeTensorMode._validate_output_for_cache_entry: arguments,
-        FakeTensorMode._get_output_info_for_cache_entry: arguments,
+        mode._make_cache_entry: arguments,
+        mode._validate_output_for_cache_entry: arguments,
+        mode._get_output_info_for_cache_entry: arguments,
     }
 
 
@@ -77,22 +76,22 @@ def regions_inferred_once() -> Iterator[None]:
     if not _applies(_inference):
         yield
         return
-    make, entry = FakeTensorMode._make_cache_entry, fake_tensor._DispatchCacheValidEntry
+    from torch._subclasses import fake_tensor
+
+    make, entry = fake_tensor.FakeTensorMode._make_cache_entry, fake_tensor._DispatchCacheValidEntry
+    region = torch.ops.higher_order.invoke_subgraph
 
     def remember(mode: Any, state: Any, key: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        if func is not invoke_subgraph or not _is_tuple_of_fakes(output):
+        of_fakes = isinstance(output, tuple) and all(isinstance(x, fake_tensor.FakeTensor) for x in output)
+        if func is not region or not of_fakes:
             return make(mode, state, key, func, args, kwargs, output)
         for x in output:
             mode._validate_output_for_cache_entry(state, key, func, args, kwargs, x)
         infos = [mode._get_output_info_for_cache_entry(state, key, func, args, kwargs, x) for x in output]
         return entry(output_infos=tuple(infos), is_output_tuple=True)
 
-    with mock.patch.object(FakeTensorMode, "_make_cache_entry", remember):
+    with mock.patch.object(fake_tensor.FakeTensorMode, "_make_cache_entry", remember):
         yield
-
-
-def _is_tuple_of_fakes(output: Any) -> bool:
-    return isinstance(output, tuple) and all(isinstance(x, FakeTensor) for x in output)
 
 
 def _probing() -> Mapping[Any, str]:
