@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import sympy  # type: ignore[import-untyped]
@@ -177,7 +177,7 @@ def _extern_launch(node: ir.ExternKernel, operator: OpOverload, region: str) -> 
     return with_work(launch, {key: _shape(value) for key, value in arguments.items()})
 
 
-def _outputs(node: ir.ExternKernel, operator: OpOverload) -> list[ir.IRNode]:
+def _outputs(node: Any, operator: OpOverload) -> list[ir.IRNode]:
     """The tensors that an operator returns, in memory of their own.
 
     A call with a single result is that result itself, which torch before 2.15 lists among its outputs too.
@@ -185,8 +185,9 @@ def _outputs(node: ir.ExternKernel, operator: OpOverload) -> list[ir.IRNode]:
     Raises:
         ValueError: not as many as the operator's schema says: the ledger would count too little.
     """
+    results: list[ir.IRNode | None]
     if isinstance(node.layout, ir.NoneLayout):
-        results: list[ir.IRNode | None] = []
+        results = []
     elif isinstance(node.layout, ir.MultiOutputLayout):
         results = list(node.outputs)
     else:

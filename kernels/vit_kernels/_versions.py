@@ -20,12 +20,12 @@ KNOWN: dict[str, tuple[Version, Version]] = {
 def warn_if_unknown() -> None:
     """Warn once, of all that lies outside of KNOWN."""
     versions = {"Python": sys.version, "torch": torch.__version__, "triton": _triton()}
-    unknown = [text for name, found in versions.items() if (text := _unknown(name, found))]
-    if unknown:
-        warnings.warn(f"vit_kernels is not tested with this version: {'; '.join(unknown)}", stacklevel=3)
+    found = [text for name, version in versions.items() if (text := unknown(name, version))]
+    if found:
+        warnings.warn(f"vit_kernels is not tested with this version: {'; '.join(found)}", stacklevel=3)
 
 
-def _unknown(name: str, found: str) -> str:
+def unknown(name: str, found: str) -> str:
     """What was found and expected; empty where it is known, or no version."""
     number = re.match(r"(\d+)\.(\d+)", found)
     oldest, newest = KNOWN[name]

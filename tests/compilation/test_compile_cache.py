@@ -393,9 +393,9 @@ def test_packages_whose_code_cannot_be_seen_have_no_hash(tmp_path: Path, monkeyp
 
 def run(script: str, *arguments: str, folder: Path | None = None) -> subprocess.Popen[str]:
     """A process that runs the script and can import from the folder."""
-    path = filter(None, (folder and str(folder), os.environ.get("PYTHONPATH")))
+    path = [str(folder)] if folder else []
     command = [sys.executable, "-W", "error:cache_dir:UserWarning", "-c", textwrap.dedent(script), *arguments]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*path, os.environ["PYTHONPATH"]])}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -101,11 +101,9 @@ class CompiledModule:
     def _compile(self) -> Callable[..., Any]:
         options: dict[str, Any] = {"guard_filter_fn": _keep_others} if self.config.frozen_parameters else {}
         backend = _Backend(self.config, self.tag.name)
-        if ISOLATES:
-            return torch.compile(
-                nn.Module._call_impl, backend=backend, fullgraph=True, options=options, isolate_recompiles=True
-            )
-        return torch.compile(_own_call(), backend=backend, fullgraph=True, options=options)
+        call = nn.Module._call_impl if ISOLATES else _own_call()
+        isolated: dict[str, Any] = {"isolate_recompiles": True} if ISOLATES else {}
+        return torch.compile(call, backend=backend, fullgraph=True, options=options, **isolated)
 
 
 def _own_call() -> Callable[..., Any]:
