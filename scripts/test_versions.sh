@@ -1,31 +1,32 @@
 #!/usr/bin/env bash
-# Runs the kernels' tests, and compiles every configuration of attention, on other versions of Triton and PyTorch; and
-# the tests of the transformers integration on the oldest transformers.
+# Runs the tests on other versions of Python, PyTorch, Triton and transformers than constraints.txt names, and records
+# what ran.
 set -uo pipefail
 # shellcheck source-path=SCRIPTDIR source=setup.sh
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/setup.sh"
 
-# Name: the versions that differ from constraints.txt. torch-2.11 is the oldest PyTorch that the project supports,
-# transformers-5.0 the oldest transformers.
-# The interpreter of triton 3.6 makes a number of an array of one element: NumPy 2.4 refuses, and before it warns.
-ENVIRONMENTS="triton-3.6: triton==3.6.0 numpy==2.3.5
+# Name: the versions that differ from constraints.txt, and the Python where it is not the oldest that is supported.
+# torch-2.11 is the oldest PyTorch and what machines with a GPU often have; torch-2.15 is what pip takes by itself.
+ENVIRONMENTS="triton-3.6: triton==3.6.0
 triton-3.9: triton==3.9.0
-torch-2.11: torch==2.11.0 torchvision==0.26.0 triton==3.6.0 numpy==2.3.5
+torch-2.11: python==3.12 torch==2.11.0 torchvision==0.26.0 triton==3.6.0 transformers==5.17.0
+torch-2.14: torch==2.14.1 torchvision==0.29.1 triton==3.8.0 transformers==5.24.0
+torch-2.15: python==3.13 torch==2.15.0 torchvision==0.29.2 triton==3.9.0 transformers==5.24.0
 transformers-5.0: transformers==5.0.0 huggingface_hub==1.33.0 tokenizers==0.22.2"
-ALLOWED_WARNING="ignore:Conversion of an array with ndim:DeprecationWarning"
 
 usage() {
   cat <<'USAGE'
 Usage: ./scripts/test_versions.sh [--no-report] [NAME ...]
 
-Runs the kernels' tests (interpreted, and compiled for five GPU targets) on other versions of Triton and PyTorch than
-those of constraints.txt, compiles every configuration of attention with them, and says which figures differ from the
-committed kernel report; transformers-5.0 runs the tests of the transformers integration instead. Each NAME has a
-virtual environment of its own, .venv-NAME, made at the first call (several minutes, 2 to 6 GB). No GPU is needed.
-About 15 minutes a NAME on 2 cores.
+Runs the tests on other versions than those of constraints.txt, and adds what passed to experiments/results/versions.json
+and the table beside it. torch-* run the tests of the kernels, the encoders, the
+compile scaffold, the experiments and the transformers integration; triton-* those of the kernels; transformers-* those of
+its integration. All but the last also compile every configuration of attention, and say which figures differ from the
+committed kernel report. Each NAME has a virtual environment of its own, .venv-NAME, made at the first call (several
+minutes, 2 to 6 GB). No GPU is needed. 15 minutes (triton-*) to an hour (torch-*) a NAME on 2 cores.
 
   --no-report  only the tests
-  NAME         one of those below (default: all of them)
+  NAME         one of those below (default: all of them); python==X is the command pythonX, unless PYTHON names one
 USAGE
   printf '%s\n' "$ENVIRONMENTS" | sed 's/^/    /'
   cat <<'USAGE'
@@ -43,7 +44,11 @@ versions_of() {
 
 # setup.sh makes whatever environment these name; its install_project is replaced by the next function.
 use_environment() {
-  OVERRIDES="$(versions_of "$1")"
+  local version
+  OVERRIDES="$(versions_of "$1" | sed 's/python==[0-9.]* //')"
+  version="$(versions_of "$1" | sed -n 's/^python==\([0-9.]*\).*/\1/p')"
+  PYTHON="${GIVEN_PYTHON:-python$version}"
+  if [ -z "$version" ] || ! command -v "$PYTHON" >/dev/null 2>&1; then PYTHON="${GIVEN_PYTHON:-python3}"; fi
   VENV="$PROJECT_ROOT/.venv-$1"
   VENV_PYTHON="$VENV/bin/python"
   STAMP="$VENV/.set-up-done"
@@ -68,17 +73,23 @@ kernel_tests() {
     grep -v test_kernel_report
 }
 
-# tests_of NAME: the files of the tests that its versions concern.
+# tests_of NAME: the files of the tests that its versions concern. The committed kernel report is of one version.
 tests_of() {
   case "$1" in
+    torch-*)
+      ls tests/{kernels,compilation,encoder,experiments}/test_*.py tests/integrations/test_transformers_*.py |
+        grep -v -e test_kernel_report -e test_vllm
+      ;;
     transformers-*) ls tests/integrations/test_transformers_*.py ;;
     *) kernel_tests ;;
   esac
 }
 
 run_tests() {
+  rm -f "$VENV/tests.xml"
   # shellcheck disable=SC2046 # names of tests have no spaces
-  "$VENV_PYTHON" -m pytest -q -p no:cacheprovider -W "$ALLOWED_WARNING" $(tests_of "$1") 2>&1 | tee "$VENV/tests.log" >&2
+  "$VENV_PYTHON" -m pytest -q -p no:cacheprovider -n auto --dist loadfile --no-loadscope-reorder \
+    --junitxml="$VENV/tests.xml" $(tests_of "$1") 2>&1 | tee "$VENV/tests.log" >&2
   return "${PIPESTATUS[0]}"
 }
 
@@ -107,6 +118,7 @@ try_environment() {
   say "== $1: tests, log in $VENV/tests.log"
   run_tests "$1" || failed=1
   tests="$(tail -n 1 "$VENV/tests.log")"
+  "$VENV_PYTHON" scripts/record_versions.py "$1" "$VENV/tests.xml" >&2 || failed=1
   if [ "$REPORT" = yes ] && [ "${1%%-*}" != transformers ]; then
     say "== $1: every configuration of attention; what differs from the committed report:"
     if make_report >&2; then report="made"; else report="failed, see above" failed=1; fi
@@ -115,6 +127,7 @@ try_environment() {
   return "$failed"
 }
 
+GIVEN_PYTHON="${PYTHON:-}"
 REPORT=yes
 NAMES=""
 for argument in "$@"; do

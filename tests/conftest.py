@@ -8,7 +8,7 @@ from tests import workers
 
 # Read when triton is imported, so before anything imports it. TRITON_INTERPRET=0 runs the tests marked `cuda`.
 os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ.update(workers.own_caches())
+os.environ.update(workers.own_caches() | workers.search_path())
 
 from collections.abc import Iterator
 

@@ -9,6 +9,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+
 BYTES_OF_A_WORKER = 3 << 30
 """A worker was seen to grow to 1.7 GB, and the largest process that its tests start, for a short time, to 2.8."""
 
@@ -40,6 +42,13 @@ def memory() -> int:
     of_machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     of_container = limit.read_text().strip() if limit.is_file() else "max"
     return of_machine if of_container == "max" else min(of_machine, int(of_container))
+
+
+def search_path() -> dict[str, str]:
+    """The variable that lets a process that a test starts import this checkout, installed or not, from any folder."""
+    folders = [str(ROOT / name) for name in ("", "kernels", "encoder")]
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys((*folders, *filter(None, given))))}
 
 
 def own_caches() -> dict[str, str]:

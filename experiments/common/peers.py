@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 from dataclasses import asdict
@@ -32,9 +33,11 @@ def allow_torchvision_beside_cpu_torch() -> None:
         return
     # The search may meet a finder that declares them: see scripts/torchvision_beside_cpu_torch.py.
     spec = importlib.util.find_spec("torchvision")
-    if hasattr(torch.ops.torchvision, "nms"):
+    if hasattr(torch.ops.torchvision, "nms") or spec is None or not spec.submodule_search_locations:
         return
-    if spec is None or not spec.submodule_search_locations or _loads_compiled_ops(spec.submodule_search_locations[0]):
+    # What matters is whether the operators are there, not what their library is called: declaring them twice aborts.
+    _load_compiled_ops(Path(spec.submodule_search_locations[0]))
+    if hasattr(torch.ops.torchvision, "nms"):
         return
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
@@ -127,9 +130,8 @@ def side_by_side(output: Any) -> Tensor:
     return torch.cat([output.pooler_output, *(getattr(output, "deepstack_features", None) or [])], dim=1)
 
 
-def _loads_compiled_ops(package: str) -> bool:
-    try:
-        torch.ops.load_library(Path(package) / ("_C.pyd" if sys.platform == "win32" else "_C.so"))
-    except OSError:
-        return False
-    return True
+def _load_compiled_ops(package: Path) -> None:
+    """Load torchvision's library of operators where that can be done: _C.so, since 0.29 _C_stable.so."""
+    for library in (*package.glob("_C*.so"), *package.glob("_C*.pyd")):
+        with contextlib.suppress(OSError):
+            torch.ops.load_library(library)

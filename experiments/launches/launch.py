@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import sympy  # type: ignore[import-untyped]
@@ -166,7 +166,7 @@ def _extern_launch(node: ir.ExternKernel, operator: OpOverload, region: str) -> 
     mutated = [
         argument.name for argument in operator._schema.arguments if argument.is_write and argument.name in touched
     ]
-    outputs = [x for x in node.outputs if x is not None] if isinstance(node, ir.FallbackKernel) else [node]
+    outputs = _outputs(node, operator)
     launch = Launch(
         kernel=name,
         kind="opaque",
@@ -175,6 +175,29 @@ def _extern_launch(node: ir.ExternKernel, operator: OpOverload, region: str) -> 
         written_bytes=round(sum(map(_nbytes, outputs)) + sum(touched[key] for key in mutated)),
     )
     return with_work(launch, {key: _shape(value) for key, value in arguments.items()})
+
+
+def _outputs(node: Any, operator: OpOverload) -> list[ir.IRNode]:
+    """The tensors that an operator returns, in memory of their own.
+
+    A call with a single result is that result itself, which torch before 2.15 lists among its outputs too.
+
+    Raises:
+        ValueError: not as many as the operator's schema says: the ledger would count too little.
+    """
+    results: list[ir.IRNode | None]
+    if isinstance(node.layout, ir.NoneLayout):
+        results = []
+    elif isinstance(node.layout, ir.MultiOutputLayout):
+        results = list(node.outputs)
+    else:
+        results = [node]
+    schema = operator._schema
+    fresh = [result for result in schema.returns if not (result.alias_info and result.alias_info.is_write)]
+    expected = len(fresh) + sum(argument.is_out for argument in schema.arguments)
+    if len(results) != expected:
+        raise ValueError(f"{operator}: got {len(results)} results, expected {expected}")
+    return [x for x in results if x is not None]
 
 
 def with_work(launch: Launch, shapes: Mapping[str, Sequence[int]]) -> Launch:

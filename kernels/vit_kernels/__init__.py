@@ -2,6 +2,7 @@
 
 import vit_kernels.varlen_attention_backward  # noqa: F401  (registers the op)
 from vit_kernels._forced import force_impl
+from vit_kernels._versions import warn_if_unknown
 from vit_kernels.layer_norm_pixel_shuffle import layer_norm_pixel_shuffle
 from vit_kernels.linear_gelu import linear_gelu
 from vit_kernels.pixel_shuffle import pixel_shuffle
@@ -18,3 +19,5 @@ __all__ = [
     "rotary_2d_qkv_",
     "varlen_attention",
 ]
+
+warn_if_unknown()

@@ -391,9 +391,11 @@ def test_packages_whose_code_cannot_be_seen_have_no_hash(tmp_path: Path, monkeyp
     assert store.package_code(["ops_in_latin_1"])
 
 
-def run(script: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+def run(script: str, *arguments: str, folder: Path | None = None) -> subprocess.Popen[str]:
+    """A process that runs the script and can import from the folder."""
+    path = [str(folder)] if folder else []
     command = [sys.executable, "-W", "error:cache_dir:UserWarning", "-c", textwrap.dedent(script), *arguments]
-    environment = {**os.environ, **variables}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*path, os.environ["PYTHONPATH"]])}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -440,9 +442,9 @@ def test_processes_at_once_and_a_swapped_op(tmp_path: Path) -> None:
         (folder / "swapped_op.py").write_text(OP.replace("FACTOR", str(factor)))
     cache = str(tmp_path / "cache")
     # The two implementations of the op differ in their backward only, which no graph shows before it is traced.
-    at_once = [run(USES_OP, cache, PYTHONPATH=str(folders[2])) for _ in range(2)]
+    at_once = [run(USES_OP, cache, folder=folders[2]) for _ in range(2)]
     assert [printed(process).split()[0] for process in at_once] == ["2.0", "2.0"]
-    after = [run(USES_OP, cache, PYTHONPATH=str(folders[factor])) for factor in (2, 7)]
+    after = [run(USES_OP, cache, folder=folders[factor]) for factor in (2, 7)]
     assert [printed(process) for process in after] == ["2.0 1", "7.0 0"]
 
 

@@ -32,6 +32,7 @@ from vit_encoder.compilation import (
     whole_graph,
 )
 from vit_encoder.compilation.thread_state import surroundings
+from vit_encoder.compilation.workarounds import TORCH
 from vit_encoder.llama4 import initialise_
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -107,7 +108,7 @@ def test_ranges_of_sizes_have_artefacts_of_their_own() -> None:
     sizes: list[Any] = []
 
     def backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-        (x,) = (node for node in graph.graph.find_nodes(op="placeholder") if node.name.startswith("l_x"))
+        (x,) = (node for node in graph.graph.find_nodes(op="placeholder") if node.name.startswith(("l_x", "l_args")))
         sizes.append(x.meta["example_value"].shape[0])
         return graph.forward
 
@@ -630,6 +631,7 @@ def test_the_encoder_refuses_boundaries_of_another_batch() -> None:
         model(tiles(2), cu_seqlens(2).long())
 
 
+@pytest.mark.skipif(TORCH == "2.11", reason="Inductor of torch 2.11 compares sizes by their hints: two graphs")
 @pytest.mark.parametrize("first", [1, 2])
 @torch.no_grad()
 def test_inductor_traced_size_oblivious_is_one_graph_too(first: int) -> None:

@@ -77,9 +77,10 @@ def inferences(layers: int, inferred: list[int]) -> int:
 
 def test_a_region_is_inferred_as_often_for_many_layers_as_for_two(inferred: list[int]) -> None:
     with regions_inferred_once():
-        once = inferences(2, inferred)
-        assert inferences(LAYERS, inferred) == once > 0
-    assert inferences(LAYERS, inferred) > once, "torch infers each layer by itself: the workaround is not needed"
+        few, many = inferences(2, inferred), inferences(LAYERS, inferred)
+    assert inferences(LAYERS, inferred) > many, "torch infers each layer no more often: the workaround is not needed"
+    # While Dynamo of torch 2.11 traces, it asks again for each layer.
+    assert many == few > 0 or workarounds.TORCH == "2.11"
 
 
 def test_a_size_that_a_region_makes_is_made_anew_by_each_call() -> None:

@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
 SCRIPT = """
     import contextlib
     import json
@@ -211,7 +209,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     script: Path = tmp_path_factory.mktemp("script") / "capture.py"
     script.write_text(textwrap.dedent(SCRIPT))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     command = [sys.executable, str(script), *TARGETS]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
     assert result.returncode == 0, result.stderr

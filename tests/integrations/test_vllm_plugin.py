@@ -179,7 +179,7 @@ def test_the_hash_of_the_sources_sees_a_changed_file(monkeypatch: pytest.MonkeyP
     plugin._sources_hash.cache_clear()
 
 
-@pytest.mark.parametrize("version", [(0, 31, 2), (0, 33, 0), (1, 0, 0), (0, 0, "dev")])
+@pytest.mark.parametrize("version", [(0, 31, 2), (0, 34, 0), (1, 0, 0), (0, 0, "dev")])
 def test_an_unknown_version_is_left_alone_with_one_warning(
     version: tuple[int | str, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -190,7 +190,7 @@ def test_an_unknown_version_is_left_alone_with_one_warning(
     assert (vllm.models, vllm.environment_variables, vllm.followed_by, vllm.swapped_in) == ({}, {}, set(), [])
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    expected = f"got vLLM {'.'.join(map(str, version))}, expected 0.32; vLLM runs unchanged"
+    expected = f"got vLLM {'.'.join(map(str, version))}, expected 0.32, 0.33; vLLM runs unchanged"
     assert expected in record.getMessage()
 
 

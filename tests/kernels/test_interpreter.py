@@ -399,6 +399,22 @@ def run_copy(x: torch.Tensor, out: torch.Tensor, n: int, x_first: int = 0, out_f
     copy_kernel[(max(1, -(-n // LANES)),)](x, out, *arguments, BLOCK=LANES)
 
 
+@triton.jit
+def sum_kernel(length_ptr, x_ptr, out_ptr):
+    total = 0.0
+    for index in range(tl.load(length_ptr)):
+        total += tl.load(x_ptr + index)
+    tl.store(out_ptr, total)
+
+
+def test_a_loop_takes_its_bound_from_memory() -> None:
+    """triton 3.6 by itself cannot with numpy 2.4."""
+    length, out = torch.tensor([3], dtype=torch.int32), torch.empty(1)
+    with corrected_interpreter():
+        sum_kernel[(1,)](length, torch.arange(5.0), out)
+    assert out.item() == 3
+
+
 def test_a_launch_on_no_elements_passes() -> None:
     with corrected_interpreter() as counts:
         run_copy(torch.empty(0, 3), torch.empty(0, 3), 0)

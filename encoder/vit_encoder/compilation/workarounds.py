@@ -17,11 +17,10 @@ from unittest import mock
 
 import torch
 import torch._functorch.config
-from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
-from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 TORCH = ".".join(torch.__version__.split(".")[:2])
+SEEN = ("2.11", "2.12", "2.13", "2.14", "2.15")
+"""The versions that have all three faults. On 2.12 nothing was run: it has them as 2.11 and 2.13 do."""
 
 
 @contextlib.contextmanager
@@ -41,9 +40,9 @@ def workarounds() -> Iterator[None]:
 
 
 @functools.cache
-def _applies(versions: tuple[str, ...], parts: Callable[[], Mapping[Any, str]]) -> bool:
-    """Whether this torch is one of `versions`, and the `parts` take the arguments that they took there."""
-    if TORCH not in versions:
+def _applies(parts: Callable[[], Mapping[Any, str]]) -> bool:
+    """Whether this torch is one of SEEN, and the `parts` take the arguments that they took there."""
+    if TORCH not in SEEN:
         return False
     try:
         changed = [part for part, known in parts().items() if ", ".join(inspect.signature(part).parameters) != known]
@@ -55,42 +54,44 @@ def _applies(versions: tuple[str, ...], parts: Callable[[], Mapping[Any, str]]) 
 
 
 def _inference() -> Mapping[Any, str]:
-    arguments = "self, state, key, func, args, kwargs, output"
+    from torch._subclasses import fake_tensor
+
+    mode, arguments = fake_tensor.FakeTensorMode, "self, state, key, func, args, kwargs, output"
     return {
         fake_tensor._DispatchCacheValidEntry: "output_infos, is_output_tuple",
-        FakeTensorMode._make_cache_entry: arguments,
-        FakeTensorMode._validate_output_for_cache_entry: arguments,
-        FakeTensorMode._get_output_info_for_cache_entry: arguments,
+        mode._make_cache_entry: arguments,
+        mode._validate_output_for_cache_entry: arguments,
+        mode._get_output_info_for_cache_entry: arguments,
     }
 
 
 @contextlib.contextmanager
 def regions_inferred_once() -> Iterator[None]:
-    """The shapes that a nested region returns are remembered for unbacked sizes too (torch 2.13 to 2.15).
+    """The shapes that a nested region returns are remembered for unbacked sizes too.
 
     FakeTensorMode remembers what an op made of which sizes, but nothing of a region whose results have an unbacked
     size, as the region may have made it. So 34 equal layers are run op by op, five times over. Here it is remembered
     where every size of the results came in with the arguments, which `_validate_output_for_cache_entry` checks.
     """
-    if not _applies(("2.13", "2.14", "2.15"), _inference):
+    if not _applies(_inference):
         yield
         return
-    make, entry = FakeTensorMode._make_cache_entry, fake_tensor._DispatchCacheValidEntry
+    from torch._subclasses import fake_tensor
+
+    make, entry = fake_tensor.FakeTensorMode._make_cache_entry, fake_tensor._DispatchCacheValidEntry
+    region = torch.ops.higher_order.invoke_subgraph
 
     def remember(mode: Any, state: Any, key: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        if func is not invoke_subgraph or not _is_tuple_of_fakes(output):
+        of_fakes = isinstance(output, tuple) and all(isinstance(x, fake_tensor.FakeTensor) for x in output)
+        if func is not region or not of_fakes:
             return make(mode, state, key, func, args, kwargs, output)
         for x in output:
             mode._validate_output_for_cache_entry(state, key, func, args, kwargs, x)
         infos = [mode._get_output_info_for_cache_entry(state, key, func, args, kwargs, x) for x in output]
         return entry(output_infos=tuple(infos), is_output_tuple=True)
 
-    with mock.patch.object(FakeTensorMode, "_make_cache_entry", remember):
+    with mock.patch.object(fake_tensor.FakeTensorMode, "_make_cache_entry", remember):
         yield
-
-
-def _is_tuple_of_fakes(output: Any) -> bool:
-    return isinstance(output, tuple) and all(isinstance(x, FakeTensor) for x in output)
 
 
 def _probing() -> Mapping[Any, str]:
@@ -102,10 +103,9 @@ def _probing() -> Mapping[Any, str]:
 @contextlib.contextmanager
 def first_instruction_set() -> Iterator[None]:
     """Inductor uses the first of the processor's vector instruction sets that its compiler can build for, after it has
-    compiled and loaded probes for all of them, in each new cache directory (torch 2.13 to 2.15). Here it stops at the
-    first.
+    compiled and loaded probes for all of them, in each new cache directory. Here it stops at the first.
     """
-    if not _applies(("2.13", "2.14", "2.15"), _probing):
+    if not _applies(_probing):
         yield
         return
     from torch._inductor import config, cpu_vec_isa
@@ -140,15 +140,16 @@ def _gradients() -> Mapping[Any, str]:
 
 def regions_have_gradients() -> bool:
     """Whether gradients around nested regions are right under `gradients_around_regions`, for all that was seen."""
-    return _applies(("2.13", "2.14"), _gradients)
+    return _applies(_gradients)
 
 
 @contextlib.contextmanager
 def gradients_around_regions() -> Iterator[None]:
-    """Memory that a region's backward still reads is not used for something else (torch 2.13 and 2.14).
+    """Memory that a region's backward still reads is not used for something else.
 
     AOTAutograd tells Inductor which saved tensors nobody else needs, by their places among the backward's arguments,
-    and a region's backward takes these for places among its own arguments. Here no tensor is given away.
+    and a region's backward takes these for places among its own arguments (until torch 2.15). Here no tensor is given
+    away, so that a backward may be run twice, as an eager one.
 
     A region's forward returns what it saves, among it its arguments and one tensor twice, and Inductor takes each
     result for memory of its own, free after its last use. Here no argument or result of a region's call is used again.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
@@ -187,6 +188,8 @@ def _patch_lang(session: Session) -> Method:
         if id(fn.__globals__) not in session.patched_globals:
             patches = unhooked(fn)
             session.patched_globals.add(id(fn.__globals__))
+            # triton 3.6 makes a number of an array of one element, which numpy 2.4 refuses.
+            patches.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
             if session.language_patches is None:
                 session.language_patches = patches
             else:
