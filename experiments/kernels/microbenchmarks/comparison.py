@@ -9,7 +9,7 @@ import torch
 from vit_kernels.testing import assert_close_to_reference
 
 from experiments.common.measure import Run, Timer, interleaved_seconds
-from experiments.kernels.microbenchmarks.cases import OURS, PEERS, Call, Case, Results, Setting
+from experiments.kernels.microbenchmarks.cases import BACKENDS, OURS, PEERS, Call, Case, Results, Setting
 
 ROUNDS = 7
 COPY, MATMUL = "copy", "matmul"
@@ -44,6 +44,8 @@ def absence(contender: str, device: torch.device) -> str | None:
     """Why a contender cannot run here, or None."""
     if contender in PEERS and importlib.util.find_spec(contender) is None:
         return f"{contender} is not installed"
+    if device.type != "cuda" and contender in BACKENDS:
+        return "needs a GPU"
     if device.type != "cuda" and contender in (OURS, *PEERS):
         return "needs a GPU: interpreted kernels are never timed"
     return None
