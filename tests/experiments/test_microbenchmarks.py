@@ -100,6 +100,16 @@ def test_a_result_that_is_off_by_little_is_found(name: str) -> None:
         assert problem.startswith("wrong: ")
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_judged_by_stays_what_it_was(name: str) -> None:
+    case = case_builders(CPU)[name]()
+    baseline = case.calls[case.baseline]()()
+    before = [x.clone() for x in baseline]
+    case.calls[case.baseline]()()
+    assert all(map(torch.equal, baseline, before))
+
+
 def flash_attn_varlen_func(
     q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
 ) -> Tensor:

@@ -137,7 +137,9 @@ class Op:
 
     def forward(self) -> Case:
         """The case of its forward."""
-        calls = {name: partial(_forward, make, self.inputs) for name, make in self.forms.items()}
+        calls: dict[str, Callable[[], Call]] = {
+            name: partial(_forward, make, self.inputs) for name, make in self.forms.items()
+        }
         with torch.no_grad():
             expected = _results(self.exact(*(x.double() for x in self.inputs)))
         return Case(self.sizes, expected, self.baseline, self.nbytes[0], self.flops[0], calls)
@@ -145,7 +147,7 @@ class Op:
     def backward(self) -> Case:
         """The case of its backward: the gradients of the leaves from those of the results."""
         exact = _backward(lambda: self.exact, [x.double() for x in self.inputs], self.leaves, self.inputs[0].dtype)
-        calls = {
+        calls: dict[str, Callable[[], Call]] = {
             # vLLM's has none.
             name: partial(_backward, make, self.inputs, self.leaves)
             for name, make in self.forms.items()
@@ -350,7 +352,11 @@ def _rotary_2d_qkv(setting: Setting) -> Case:
         "eager": lambda: _eager(rotary_2d_qkv_),
         "compiled eager": lambda: _compiled(_eager(in_plain_pytorch)),
     }
-    calls = {name: partial(_forward, make, (qkv.clone(), *tables)) for name, make in forms.items()}
+    # Each preparation has a copy: otherwise a second one would turn what the first had turned.
+    calls: dict[str, Callable[[], Call]] = {
+        name: lambda make=make: _forward(make, (qkv.clone(), *tables))  # type: ignore[misc]
+        for name, make in forms.items()
+    }
     expected = rotary_2d_qkv_reference(qkv, *tables, kv_heads=heads)
     nbytes = 2 * _bytes_of(qkv[:, : 2 * heads]) + _bytes_of(*tables)
     sizes = f"{setting.tiles} x {setting.positions} x {3 * heads} x {HEAD_DIM}"

@@ -4,7 +4,8 @@
 
 All contenders of a case are judged, and those that are right timed in interleaved rounds, when the first of them is
 asked for; pytest-benchmark then gets each one's samples. So drift reaches all of them alike, and only ratios within a
-case are to be trusted. A peer, or a kernel of PyTorch's attention, that is wrong or fails is skipped with the reason; another form fails.
+case are to be trusted. A peer, or a kernel of PyTorch's attention, that is wrong or fails is skipped with the reason;
+another form fails.
 """
 
 from __future__ import annotations
