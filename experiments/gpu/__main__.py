@@ -32,6 +32,9 @@ SECONDS = 560.0
 LAST_SECONDS = 20.0
 """Kept for the predictions and the last summary."""
 
+PATIENCE = 5
+"""How many times its seconds a case has in a rehearsal, beside whatever else a machine does."""
+
 NO_GPU = 3
 
 EPILOG = """examples:
@@ -101,8 +104,7 @@ class Report:
         # Every log by itself would be more files than a folder may hold that is to be fetched.
         self.work = Path(tempfile.mkdtemp(prefix="gpu_report_"))
         if (rest := folder / REST).exists():
-            with tarfile.open(rest) as tar:
-                tar.extractall(self.work, filter="data")
+            _unpack(rest, self.work)
         self.children: list[Child] = []
         self.records.write("run", arguments=sys.argv[1:], seconds=seconds, load=os.getloadavg()[0])
 
@@ -171,7 +173,7 @@ class Report:
             say(f"{case.name}: no time left for it")
             self._stop_child(child)
         else:
-            seconds = max(1.0, min(case.seconds, left))
+            seconds = max(1.0, min(case.seconds * (PATIENCE if self.rehearsal else 1), left))
             say(f"{case.name}: at most {seconds:.0f} s")
             self.records.write("begin", case=case.name, limit=seconds)
             start = time.monotonic()
@@ -239,6 +241,15 @@ def _replace(path: Path, content: bytes) -> None:
     new = path.with_name(f"{path.name}.new")
     new.write_bytes(content)
     new.replace(path)
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            path = (folder / member.name).resolve()
+            if (content := tar.extractfile(member)) is not None and path.is_relative_to(folder.resolve()):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content.read())
 
 
 def _folder(options: argparse.Namespace) -> Path:

@@ -18,7 +18,9 @@ from experiments.kernels.microbenchmarks.comparison import absence
 ROUNDS = 5
 
 
-def hold(records: Records, case: Case, names: Sequence[str], *, graphs: bool, **problem: Any) -> None:
+def hold(
+    records: Records, case: Case, names: Sequence[str], *, graphs: bool, trace_peers: bool = True, **problem: Any
+) -> None:
     """Write what each contender computes and how fast it is.
 
     Args:
@@ -26,6 +28,7 @@ def hold(records: Records, case: Case, names: Sequence[str], *, graphs: bool, **
         case: the problem.
         names: of the contenders, ours first.
         graphs: whether to time each as a CUDA graph too; autograd's backward cannot be captured by itself.
+        trace_peers: whether the profiler is to see the others too, which takes it half a second each.
         problem: what names the problem, in every line.
     """
     problem = {"sizes": case.sizes, **problem}
@@ -37,7 +40,8 @@ def hold(records: Records, case: Case, names: Sequence[str], *, graphs: bool, **
         calls = {name: call for name in names if (call := _judged(records, case, name, baseline, problem))}
         _time(records, calls, case, graphs, problem)
         for name, call in calls.items():
-            machine.write_kernels(records, _launching(name, call), form=name, **problem)
+            if trace_peers or name == OURS:
+                machine.write_kernels(records, _launching(name, call), form=name, **problem)
 
 
 def _judged(records: Records, case: Case, name: str, baseline: Results, problem: dict[str, Any]) -> Call | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from experiments.gpu.plan import STAGES
@@ -18,8 +18,8 @@ def summary_text(records: Iterable[Record]) -> str:
     """The whole summary: what each stage found, and what it could not."""
     records = list(records)
     cases = latest(records)
-    sections = [_opening(records), _stages(cases)]
-    tellers = {
+    sections = [_told(_opening, records), _told(_stages, cases)]
+    tellers: dict[str, Callable[[list[Record]], str]] = {
         "attention": _contests,
         "encoders": _encoders,
         "ops": _contests,
@@ -29,10 +29,17 @@ def summary_text(records: Iterable[Record]) -> str:
     }
     for stage in STAGES:
         lines = [line for case in stage.cases for line in cases.get(case.name, ())]
-        told = tellers[stage.name](lines) if stage.name in tellers else _predictions(records)
-        if told:
+        if told := _told(tellers[stage.name], lines) if stage.name in tellers else _told(_predictions, records):
             sections.append(f"## {stage.name}: {stage.question}\n\n{told}")
     return "\n\n".join(sections) + "\n"
+
+
+def _told(teller: Callable[[Any], str], found: Any) -> str:
+    # What nobody expected to find must not cost what is told of the rest.
+    try:
+        return teller(found)
+    except Exception as error:
+        return f"cannot be told, results.jsonl has it: {error!r}"
 
 
 def status_of(lines: Sequence[Record]) -> str:

@@ -109,6 +109,7 @@ def gradients_of(model: Any, *inputs: Tensor) -> dict[str, Tensor]:
 def test_gradients_of_the_encoders(encoder: str, compilation_config: CompilationConfig | None) -> None:
     dtype = torch.bfloat16
     model: Any
+    inputs: tuple[Tensor, ...]
     if encoder == "llama4":
         model, inputs = ready(Llama4VisionModel(LLAMA4), dtype), (tiles_of(2, dtype),)
     else:

@@ -3,6 +3,7 @@
 All is judged on the device, against fp64, and allowed twice the error of the eager implementation, which is PyTorch.
 """
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -183,6 +184,18 @@ def test_gradients_of_varlen_attention_and_its_lse(dtype: torch.dtype) -> None:
 
     attend = partial(varlen_attention, cu_seqlens=lengths, return_lse=True)
     assert_gradients(attend, reference, q, k, v)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 88])
+def test_varlen_attention_of_flash_attn(head_dim: int, dtype: torch.dtype) -> None:
+    if REHEARSING or importlib.util.find_spec("flash_attn") is None:
+        pytest.skip("flash-attn is not installed")
+    q, k, v = qkv(head_dim, dtype)
+    attend = partial(varlen_attention, q, k, v, boundaries())
+    with force_impl("flash_attn"):
+        out = attend()
+    assert_right(out, varlen_attention_reference(q, k, v, boundaries()), on_pytorch(attend))
 
 
 # The other ops
