@@ -1,8 +1,8 @@
 """Everything that a GPU can tell about this project: one command, no network, killed whenever it must be.
 
 Each case is a process. What it finds is one JSON line at once, and the summary is written anew after each stage, so
-whatever ends the command, what was found stays. It needs Python, PyTorch and Triton; what else is missing costs the
-case that wants it.
+whatever ends the command, what was found stays. It needs PyTorch, Triton and the packages that the project depends on;
+what else is missing, such as transformers, pytest or matplotlib, costs the case that wants it.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Report:
         if (rest := folder / REST).exists():
             _unpack(rest, self.work)
         self.children: list[Child] = []
-        self.records.write("run", arguments=sys.argv[1:], seconds=seconds, load=os.getloadavg()[0])
+        self.records.write("run", seconds=seconds, rehearsal=rehearsal, load=os.getloadavg()[0])
 
     def run(self, stages: Sequence[Stage], *, again: bool) -> int:
         """Run the cases, and return the exit status.
@@ -120,7 +120,8 @@ class Report:
         self._run(FIRST, order[0][1] if order else None)
         if not self._has_gpu():
             self.write()
-            say("no GPU here: PyTorch sees none, or it does not answer; nothing was measured")
+            said = (self.work / f"{FIRST.name}.log").read_text(encoding="utf-8", errors="replace").strip()
+            say(f"no GPU here: PyTorch sees none, or it does not answer; nothing was measured\n{said[-2000:]}")
             return NO_GPU
         for place, (stage, case) in enumerate(order):
             following = order[place + 1][1] if place + 1 < len(order) else None
@@ -234,6 +235,8 @@ class Report:
             self._stop_child(child)
         self.write()
         shutil.rmtree(self.work, ignore_errors=True)
+        # Where only what is printed comes back, it comes back too.
+        print((self.folder / SUMMARY).read_text(encoding="utf-8"), flush=True)
         say(f"wrote {self.folder / SUMMARY}")
 
 

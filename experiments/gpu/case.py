@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from experiments.gpu import machine
@@ -29,8 +30,9 @@ def main(name: str, results: str) -> int:
         results: the file that its findings are appended to.
     """
     case = case_of(name)
-    module, _, function = case.function.partition(":")
-    call = getattr(importlib.import_module(f"experiments.gpu.{module}"), function)
+    call = _function(case.function)
+    if case.before is not None:
+        _function(case.before)()
     if sys.stdin.buffer.readline() != GO:
         return 0
     threading.Thread(target=_end_with_the_report, daemon=True).start()
@@ -43,6 +45,12 @@ def main(name: str, results: str) -> int:
         records.write("error", problem=lost or machine.described(error), lost=bool(lost))
         return LOST if lost else 1
     return 0
+
+
+def _function(name: str) -> Callable[..., None]:
+    module, _, function = name.partition(":")
+    found: Callable[..., None] = getattr(importlib.import_module(f"experiments.gpu.{module}"), function)
+    return found
 
 
 def _end_with_the_report() -> None:

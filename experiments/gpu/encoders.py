@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +20,11 @@ from vit_encoder.qwen2_5_vl import reference_forward as qwen2_5_vl_reference
 from vit_kernels import force_impl
 
 from experiments.common.measure import in_turn
-from experiments.common.peers import transformers_qwen2_5_vl, transformers_vision_model
+from experiments.common.peers import (
+    allow_torchvision_beside_cpu_torch,
+    transformers_qwen2_5_vl,
+    transformers_vision_model,
+)
 from experiments.common.weights import random_encoder
 from experiments.gpu import machine
 from experiments.gpu.contest import error, same_bits, wrong_of
@@ -132,6 +138,14 @@ def qwen2_5_vl_transformers(records: Records) -> None:
         return features
 
     _hold_peer(records, subject, transformers_qwen2_5_vl(subject.model), call)
+
+
+def import_transformers() -> None:
+    """What takes seconds: before the case's turn. Where it fails, the case says so itself."""
+    allow_torchvision_beside_cpu_torch()
+    with contextlib.suppress(Exception):
+        for name in ("llama4", "qwen2_5_vl"):
+            importlib.import_module(f"transformers.models.{name}.modeling_{name}")
 
 
 def _llama4() -> Subject:

@@ -19,6 +19,7 @@ class Case:
         seconds: after which it is killed.
         least: it is not begun with less time than this.
         tuned: whether kernels are launched as the tuning of this report chose.
+        before: "module:function", called before the case's turn: it must not touch the GPU.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Case:
     seconds: float = 60
     least: float = 12
     tuned: bool = False
+    before: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,12 @@ class Stage:
 
 def _attention(head_dim: int, **more: Any) -> Case:
     name = f"attention-{head_dim}" + ("-tuned" if more else "")
-    return Case(name, "attention:attention", (head_dim,), **more)
+    return Case(name, "attention:attention", (head_dim,), seconds=100, **more)
+
+
+def _transformers(encoder: str) -> Case:
+    function, before = f"encoders:{encoder}_transformers", "encoders:import_transformers"
+    return Case(f"{encoder}-transformers", function, seconds=100, least=30, before=before)
 
 
 _OPS = (
@@ -68,8 +75,8 @@ STAGES = (
         (
             Case("llama4", "encoders:llama4", seconds=120, least=40),
             Case("qwen2_5_vl", "encoders:qwen2_5_vl", seconds=120, least=40),
-            Case("llama4-transformers", "encoders:llama4_transformers", seconds=100, least=30),
-            Case("qwen2_5_vl-transformers", "encoders:qwen2_5_vl_transformers", seconds=100, least=30),
+            _transformers("llama4"),
+            _transformers("qwen2_5_vl"),
         ),
     ),
     Stage(
@@ -100,7 +107,7 @@ STAGES = (
     ),
 )
 
-FIRST = Case(MACHINE, "machine:describe", seconds=120)
+FIRST = Case(MACHINE, "machine:describe", seconds=240)
 """Before any stage, in every call."""
 
 

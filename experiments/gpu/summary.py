@@ -108,7 +108,8 @@ def _complaint(lines: Sequence[Record]) -> str:
 
 
 def _wrong(lines: Sequence[Record]) -> str:
-    problems = [line for line in of_kind(lines, "judged", "error", "sanitized", "replayed") if line.get("problem")]
+    kinds = ("judged", "error", "sanitized", "replayed", "tuned")
+    problems = [line for line in of_kind(lines, *kinds) if line.get("problem") and not line.get("lacks")]
     failed = [line for line in of_kind(lines, "test") if line["outcome"] not in ("passed", "skipped")]
     named = [f"{line.get('form') or line.get('op') or ''}: {line['problem']}".removeprefix(": ") for line in problems]
     return "; ".join(dict.fromkeys(named))[:600] + (f"{len(failed)} tests failed" if failed else "")

@@ -1,5 +1,6 @@
 """The GPU report: what a case finds stays, whatever becomes of it, and the rest goes on; rehearsed on the CPU."""
 
+import importlib
 import math
 import os
 import shutil
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -74,9 +76,11 @@ def test_every_case_has_a_name_of_its_own_and_a_function() -> None:
     for case in (FIRST, *CASES):
         assert case_of(case.name) is case
         module, _, function = case.function.partition(":")
-        code = getattr(__import__(f"experiments.gpu.{module}", fromlist=[function]), function).__code__
+        code = getattr(importlib.import_module(f"experiments.gpu.{module}"), function).__code__
         assert code.co_argcount in (0, 1 + len(case.arguments)), "0 behind a decorator"
         assert case.least < case.seconds
+        before, _, name = (case.before or "encoders:llama4").partition(":")
+        assert callable(getattr(importlib.import_module(f"experiments.gpu.{before}"), name))
 
 
 def test_what_matters_most_comes_first_and_every_op_has_a_case() -> None:
@@ -432,6 +436,26 @@ def test_a_trace_is_read_for_what_ran_on_the_device() -> None:
     assert found == [("first", 3.0), ("second", 2.5), ("Memset (Device)", 1.0)]
 
 
+def test_a_capture_leaves_the_stream_of_the_caller_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against PyTorch's own signatures, as far as this build of it has them."""
+    done: list[str] = []
+    for name in ("Stream", "CUDAGraph", "graph", "stream", "current_stream", "synchronize"):
+        stand_in = mock.create_autospec(getattr(torch.cuda, name))
+
+        def called(*args: Any, name: str = name, value: Any = stand_in.return_value, **options: Any) -> Any:
+            done.append(name)
+            return value
+
+        stand_in.side_effect = called
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    replay = machine.captured(lambda: done.append("run"))
+    assert done == [
+        *("Stream", "current_stream", "stream", "run", "run", "run", "CUDAGraph", "graph", "run"),
+        *("current_stream", "synchronize"),
+    ]
+    assert replay is torch.cuda.CUDAGraph.return_value.replay  # type: ignore[attr-defined]
+
+
 @pytest.fixture
 def case() -> microbenchmarks.Case:
     """`eager` and two more that are ours or not, all of them right."""
@@ -769,11 +793,11 @@ def test_the_whole_report_is_rehearsed_killed_after_a_stage_and_resumed(
     assert found["llama4"] == "did not end"
     assert "| attention | attention-88 | ok |" in (folder / "summary.md").read_text()
     assert not wrong_in(folder)
-    done = subprocess.run(
-        [*command, "--resume", str(folder)], cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=3000
-    )
+    command += ["--resume", str(folder)]
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=3000)
     told = (folder / "summary.md").read_text()
     assert done.returncode == 0, done.stderr + told
+    assert done.stdout.strip() == told.strip()
     assert statuses(folder) == dict.fromkeys([FIRST.name, *(case.name for case in CASES)], "ok")
     assert not wrong_in(folder)
     for kind in ("judged", "timed", "replayed", "kernels", "tuned", "test"):
