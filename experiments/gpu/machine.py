@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -52,7 +53,28 @@ def describe(records: Records) -> None:
         return
     free, total = torch.cuda.mem_get_info()
     x = torch.ones(1024, device="cuda")
-    records.write("device answers", free_bytes=free, total_bytes=total, sum=x.sum().item())
+    records.write("device answers", free_bytes=free, total_bytes=total, sum=x.sum().item(), state=_state())
+    records.write("ceilings", **_ceilings())
+
+
+def _state() -> str | None:
+    """Driver, clocks, power and temperature, as the vendor's tool says; only read."""
+    asked = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip()[:500] or None
+
+
+def _ceilings() -> dict[str, float]:
+    """What a large copy and a large product reach here: nothing else is faster."""
+    from experiments.kernels.microbenchmarks.comparison import COPY, MATMUL, ceilings
+
+    copied, multiplied, runs = ceilings(device(), dtype())
+    seconds = {name: timer()(run) for name, run in runs.items()}
+    return {"GB/s": copied / seconds[COPY] / 1e9, "TFLOP/s": multiplied / seconds[MATMUL] / 1e12}
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ class Stage:
 
 def _attention(head_dim: int, **more: Any) -> Case:
     name = f"attention-{head_dim}" + ("-tuned" if more else "")
-    return Case(name, "attention:attention", (head_dim,), seconds=100, **more)
+    return Case(name, "attention:attention", (head_dim, bool(more)), seconds=100, **more)
 
 
 def _transformers(encoder: str) -> Case:

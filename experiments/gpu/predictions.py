@@ -15,6 +15,7 @@ from experiments.gpu.records import Record, Records, latest, of_kind, read
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 OURS = "triton"
+COMPILED = ("compiled", "CUDA graphs of the compiled")
 FIGURE = "predictions.png"
 SUMMED = {"varlen_attention_backward": ("varlen_attention grad_q", "varlen_attention grad_kv")}
 """An op of several kernels; the one that mends large log-sum-exps reads them and returns."""
@@ -128,7 +129,7 @@ def _encoders(lines: list[Record], gpu: str) -> Iterator[Prediction]:
     seen = {(line["form"], line["sizes"]): line for line in of_kind(lines, "kernels") if "launches" in line}
     for line in of_kind(lines, "timed"):
         encoder = line.get("encoder")
-        if encoder not in ENCODERS or line["form"] not in ("compiled", "CUDA graphs of the compiled"):
+        if encoder not in ENCODERS or line["form"] not in COMPILED:
             continue
         asked = ledger(encoder, line["sizes"])
         if asked is None or (kernels := seen.get((line["form"], line["sizes"]))) is None:

@@ -93,7 +93,7 @@ def test_what_matters_most_comes_first_and_every_op_has_a_case() -> None:
         "sanitizer",
         "predictions",
     ]
-    assert CASES[0].arguments == (88,)
+    assert CASES[0].arguments == (88, False)
     ops = {case.name.partition("-")[0] for case in STAGES[2].cases}
     assert ops == {name.partition("-")[0] for name in case_builders(Setting(torch.device("cuda")))} - {
         "varlen_attention"
@@ -422,6 +422,14 @@ def test_an_error_after_which_the_gpu_answers_ends_nothing(records: Records, mon
         machine.attempted(records, "cuDNN", fail)
 
 
+@pytest.mark.usefixtures("rehearsal")
+def test_the_machine_says_what_nothing_is_faster_than(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = {"copy": lambda: None, "matmul": lambda: None}
+    monkeypatch.setattr("experiments.kernels.microbenchmarks.comparison.ceilings", lambda *_: (8 * 10**9, 10**12, runs))
+    monkeypatch.setattr(machine, "timer", lambda: lambda run: 2.0)
+    assert machine._ceilings() == {"GB/s": 4.0, "TFLOP/s": 0.5}
+
+
 def test_a_trace_is_read_for_what_ran_on_the_device() -> None:
     events = [
         {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 1, "dur": 9},
@@ -474,7 +482,7 @@ def test_contenders_are_judged_timed_and_traced(records: Records, case: microben
         assert [line["form"] for line in written(records, kind)] == [OURS, "eager"]
         assert all(len(line["us"]) == contest.ROUNDS and line["head_dim"] == 88 for line in written(records, kind))
     assert {line["form"]: line["launches"] for line in written(records, "kernels")} == {OURS: 0, "eager": 0}
-    assert not any(wrong_of_ours(lines) for lines in latest(written(records)).values())
+    assert not wrong_of_ours(written(records))
 
 
 @pytest.mark.usefixtures("rehearsal")
@@ -805,6 +813,14 @@ def test_the_whole_report_is_rehearsed_killed_after_a_stage_and_resumed(
     assert len(list(folder.iterdir())) <= 8
     assert "A rehearsal" in told
     assert str(tmp_path) not in told
+
+
+@pytest.mark.thorough
+def test_every_test_that_needs_a_gpu_passes_its_rehearsal() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    variables = os.environ | {machine.REHEARSAL: "1", "TRITON_INTERPRET": "1"}
+    done = subprocess.run([*command, *cuda_tests.files()], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
 
 
 def wrong_in(folder: Path) -> list[str]:

@@ -232,7 +232,7 @@ def test_only_what_is_right_is_timed_and_in_turn_with_the_ceilings(monkeypatch: 
         {"eager": contender("eager", 1.0), "sdpa": contender("sdpa", 1.1), "compiled eager": broken, OURS: broken}
     )
     ceilings = {"copy": lambda: order.append("copy"), "matmul": lambda: order.append("matmul")}
-    monkeypatch.setattr(comparison, "_ceilings", lambda setting: (7, 8, ceilings))
+    monkeypatch.setattr(comparison, "ceilings", lambda device, dtype: (7, 8, ceilings))
 
     def timer(run: Callable[[], object]) -> float:
         run()
@@ -338,7 +338,7 @@ from experiments.kernels.microbenchmarks import cases, comparison
 
 cases.Setting = functools.partial(cases.Setting, small=True)
 cases._compiled = lambda call: call
-comparison._ceilings = lambda setting: (1, 1, {"copy": lambda: None, "matmul": lambda: None})
+comparison.ceilings = lambda device, dtype: (1, 1, {"copy": lambda: None, "matmul": lambda: None})
 sys.exit(pytest.main(sys.argv[1:]))
 """
 
@@ -377,7 +377,7 @@ def test_interpreted_kernels_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_ceilings_move_and_multiply_what_they_say() -> None:
-    nbytes, flops, runs = comparison._ceilings(CPU)
+    nbytes, flops, runs = comparison.ceilings(CPU.device, CPU.dtype)
     with FlopCounterMode(display=False) as counter:
         runs["matmul"]()
     assert flops == counter.get_total_flops() > 0
