@@ -39,7 +39,7 @@ COMMANDS = (
     Command("python -m experiments.vllm", "what do our kernels and encoder change in vLLM's serving?", "needs vLLM"),
     Command("python -m experiments.vllm --offline", "does vLLM write the same text with them?", "needs vLLM"),
     Command("python -m experiments.dataset", "how fast is a collection of images embedded?", "by its images"),
-    Command("python -m experiments.gpu", "what can a GPU tell about all this, in one folder?", "8 min on a GPU"),
+    Command("python -m experiments.gpu", "what can a GPU tell about all this, in one folder?", "9 min on a GPU"),
 )
 
 

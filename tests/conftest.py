@@ -17,6 +17,7 @@ import torch
 from hypothesis import settings
 
 from experiments.common.peers import allow_torchvision_beside_cpu_torch
+from tests.gpu import REHEARSING
 
 # Deterministic, so that a red run is red again; no deadline, because a first example compiles.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, print_blob=True, database=None)
@@ -54,6 +55,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip the tests marked `cuda` where there is no such device: nothing can stand in for it."""
-    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+    """Skip the tests marked `cuda` where there is no such device, but in a rehearsal (tests/gpu.py)."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available() and not REHEARSING:
         pytest.skip("needs a CUDA or ROCm device")

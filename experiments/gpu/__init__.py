@@ -1,1 +1,1 @@
-"""What can a GPU tell about this project, in one folder and under 8 minutes?"""
+"""What can a GPU tell about this project, in one command that may be killed at any time?"""

@@ -1,129 +1,284 @@
-"""The GPU report's summary, in Markdown, from the files that its stages left."""
+"""The report in Markdown, from the lines that its cases wrote. Needs nothing but Python."""
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from experiments.encode.report import BUSY, encoder_text, header, notes, table_rows
-from experiments.encode.result import result_of
+from experiments.gpu.plan import STAGES
+from experiments.gpu.predictions import COMPILED, OURS, ledger, predictions
+from experiments.gpu.records import Record, latest, of_kind
+
+BUSY = 0.25
+"""Load a core, before the start, from which on no time is to be trusted."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a stage ended; `problem` is None where it succeeded, `last_line` the last that it printed."""
-
-    name: str
-    problem: str | None
-    seconds: float
-    last_line: str
-
-
-def summary_text(folder: Path, around: dict[str, Any], device: str, load: float, outcomes: Sequence[Outcome]) -> str:
-    """The whole summary. What a stage did not leave is left out; a file that cannot be read is named.
-
-    Args:
-        folder: of the report.
-        around: `environment()`.
-        device: its name.
-        load: the load average before the first stage.
-        outcomes: of the stages.
-    """
-    sections = [_opening(around, device, load), _stages(outcomes)]
-    for pattern, section in SECTIONS.items():
-        for path in sorted(folder.glob(pattern)):
-            try:
-                sections.append(section(json.loads(path.read_text(encoding="utf-8"))))
-            except (KeyError, TypeError, ValueError) as error:
-                sections.append(f"{path.relative_to(folder)} cannot be read: {error!r}")
+def summary_text(records: Iterable[Record]) -> str:
+    """The whole summary: what each stage found, and what it could not."""
+    records = list(records)
+    cases = latest(records)
+    sections = [_told(_opening, records), _told(_stages, cases)]
+    tellers: dict[str, Callable[[list[Record]], str]] = {
+        "attention": _contests,
+        "encoders": _encoders,
+        "ops": _contests,
+        "tuning": lambda lines: "\n\n".join(filter(None, (_tuning(lines), _contests(lines)))),
+        "tests": _tests,
+        "sanitizer": _sanitizer,
+    }
+    for stage in STAGES:
+        lines = [line for case in stage.cases for line in cases.get(case.name, ())]
+        if told := _told(tellers[stage.name], lines) if stage.name in tellers else _told(_predictions, records):
+            sections.append(f"## {stage.name}: {stage.question}\n\n{told}")
     return "\n\n".join(sections) + "\n"
 
 
-def _opening(around: dict[str, Any], device: str, load: float) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in around["packages"].items() if version)
-    commit = around["git"] or {"commit": "unknown", "dirty": False}
+def _told(teller: Callable[[Any], str], found: Any) -> str:
+    # What nobody expected to find must not cost what is told of the rest.
+    try:
+        return teller(found)
+    except Exception as error:
+        return f"cannot be told, results.jsonl has it: {error!r}"
+
+
+def status_of(lines: Sequence[Record]) -> str:
+    """How a case ended: "ok", what went wrong, or that it never did end."""
+    ended = of_kind(lines, "end")
+    return ended[-1]["status"] if ended else "did not end"
+
+
+def wrong_of_ours(lines: Sequence[Record]) -> list[str]:
+    """What of ours a case found wrong; what peers cannot do, or what is not installed, is nothing wrong."""
+    judged = [line for line in of_kind(lines, "judged") if line.get("problem") and _is_ours(line)]
+    sanitized = [line for line in of_kind(lines, "sanitized") if line["problem"] and line["tool"] != "none"]
+    failed = [line for line in of_kind(lines, "test") if line["outcome"] not in ("passed", "skipped")]
+    tuned = [line for line in of_kind(lines, "tuned") if line["problem"] and not line["lacks"]]
+    return [str(line["problem"]) for line in (*judged, *sanitized, *failed, *tuned, *of_kind(lines, "error"))]
+
+
+def _is_ours(judged: Record) -> bool:
+    return judged["form"] == OURS or ("encoder" in judged and not judged["form"].startswith("transformers"))
+
+
+def _opening(records: list[Record]) -> str:
+    around = of_kind(records, "environment")
+    if not around:
+        return "# No GPU report: the first process did not say what it runs on"
+    found = around[-1]["environment"]
+    device = found["devices"][0]["name"] if found["devices"] else "no GPU"
+    commit = found["git"] or {"commit": "unknown", "dirty": False}
+    versions = ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version)
     lines = [
-        f"# {device}, {around['date']}",
+        f"# {device}, {found['date']}",
         "",
         f"- commit {commit['commit']}{', with changes' if commit['dirty'] else ''}",
-        f"- Python {around['python']}, {versions}",
+        f"- Python {found['python']}, CUDA {found['cuda']}, {versions}",
     ]
-    if not around["devices"]:
+    lines += [
+        f"- a large copy reaches {x['GB/s']:.0f} GB/s, a large product {x['TFLOP/s']:.0f} TFLOP/s"
+        for x in of_kind(records, "ceilings")[-1:]
+    ]
+    if around[-1]["rehearsal"]:
+        lines.append("- **A rehearsal: tiny shapes in Triton's interpreter. No time here means anything.**")
+    load = max((run["load"] for run in of_kind(records, "run")), default=0.0)
+    if load > BUSY * found["cpu"]["cores"]:
         lines.append(
-            "- No GPU: the kernels' correctness on one, and the tuning, were not run. No time here is a GPU's."
-        )
-    if load > BUSY * around["cpu"]["cores"]:
-        lines.append(
-            f"- Other work ran on the machine (load {load:.1f} before the start): no time here is to be trusted."
+            f"- Other work ran on the machine (load {load:.1f} before a start): no time here is to be trusted."
         )
     return "\n".join(lines)
 
 
-def _stages(outcomes: Sequence[Outcome]) -> str:
-    rows = [
-        [outcome.name, outcome.problem or "ok", f"{outcome.seconds:.0f}", outcome.last_line] for outcome in outcomes
+def _stages(cases: dict[str, list[Record]]) -> str:
+    rows = []
+    for stage in STAGES:
+        for case in stage.cases:
+            if lines := cases.get(case.name):
+                ended = of_kind(lines, "end")
+                seconds = f"{ended[-1]['seconds']:.0f}" if ended else "-"
+                rows.append([stage.name, case.name, status_of(lines), seconds, _complaint(lines)])
+            else:
+                rows.append([stage.name, case.name, "not begun", "-", ""])
+    return "## Cases\n\n" + table(["stage", "case", "ended", "s", "what was wrong"], rows)
+
+
+def _complaint(lines: Sequence[Record]) -> str:
+    if status_of(lines) == "ok":
+        return _wrong(lines)
+    said = [line["problem"] for line in of_kind(lines, "error")]
+    doing = [line["what"] for line in of_kind(lines, "doing")]
+    at = f"; last tried: {doing[-1]}" if doing else ""
+    return f"{'; '.join(said)}{at}".removeprefix("; ")
+
+
+def _wrong(lines: Sequence[Record]) -> str:
+    kinds = ("judged", "error", "sanitized", "replayed", "tuned")
+    problems = [line for line in of_kind(lines, *kinds) if line.get("problem") and not line.get("lacks")]
+    failed = [line for line in of_kind(lines, "test") if line["outcome"] not in ("passed", "skipped")]
+    named = [f"{line.get('form') or line.get('op') or ''}: {line['problem']}".removeprefix(": ") for line in problems]
+    return "; ".join(dict.fromkeys(named))[:600] + (f"{len(failed)} tests failed" if failed else "")
+
+
+def _contests(lines: Sequence[Record]) -> str:
+    rows = []
+    timed, replayed, traced = (_by_form(lines, kind) for kind in ("timed", "replayed", "kernels"))
+    for judged in of_kind(lines, "judged"):
+        key = _key(judged)
+        time, replay, trace = timed.get(key), replayed.get(key, {}), traced.get(key, {})
+        us = replay.get("us") or (time or {}).get("us")
+        rows.append(
+            [
+                str(judged["case"]),
+                str(judged.get("workload") or judged["sizes"]),
+                str(judged["form"]),
+                _right(judged),
+                spread((time or {}).get("us")),
+                spread(replay.get("us")),
+                f"{time['host_us']:.0f}" if time else "-",
+                f"{time['flops'] / statistics.median(us) / 1e6:.0f}" if time and us and time["flops"] else "-",
+                f"{time['nbytes'] / statistics.median(us) / 1e3:.0f}" if time and us else "-",
+                str(trace.get("launches", "-")),
+                ", ".join(name[:60] for name in list(trace.get("names", {}))[:2]),
+            ]
+        )
+    rows += [
+        [str(line["case"]), str(line.get("workload") or line["sizes"]), str(line["form"]), line["problem"], *["-"] * 7]
+        for line in of_kind(lines, "absent")
+        if line["problem"] != "rehearsal"
     ]
-    return "## Stages\n\n" + _table(["stage", "result", "s", "last line of its log"], rows)
-
-
-def _tuning(tuned: dict[str, Any]) -> str:
-    rows = []
-    for kernel, cases in tuned["measurements"].items():
-        for case, attempts in cases.items():
-            chosen = tuned["configurations"][kernel].get(case)
-            for attempt in attempts:
-                shape = "x".join(map(str, attempt["configuration"].values()))
-                note = "chosen" if attempt["configuration"] == chosen else (attempt["problem"] or "").partition("\n")[0]
-                rows.append([kernel, case, shape, _microseconds(attempt["seconds"]), note])
-    header = ["kernel", "head_dim, dtype", "BLOCK_M x BLOCK_N x warps x stages", "us, median (range)", ""]
-    return "## Tuning\n\nThe first of each is the default. " + f"Target {tuned['target']}.\n\n" + _table(header, rows)
-
-
-def _microseconds(seconds: list[float]) -> str:
-    if not seconds:
-        return "-"
-    low, middle, high = (1e6 * pick(seconds) for pick in (min, statistics.median, max))
-    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
-
-
-def _microbenchmarks(results: dict[str, Any]) -> str:
-    rows = []
-    for benchmark in results["benchmarks"]:
-        info = benchmark["extra_info"]
-        times = [benchmark["stats"][name] for name in ("median", "min", "max")]
-        rates = [f"{info['GB/s']:.1f}", f"{info['TFLOP/s']:.3g}" if info["flops"] else "-"]
-        fractions = [f"{info['fraction of copy']:.2f}", f"{info['fraction of matmul']:.2f}" if info["flops"] else "-"]
-        spread = "{:.1f} ({:.1f} to {:.1f})".format(*(1e6 * time for time in times))
-        rows.append([info["case"], info["sizes"], info["dtype"], info["contender"], spread, *rates, *fractions])
-    header = ["case", "sizes", "dtype", "form", "us, median (range)", "GB/s", "TFLOP/s", "of the copy", "of the matmul"]
+    if not rows:
+        return ""
+    header = ["case", "sizes", "form", "right", "us, median (range)", "us as CUDA graph", "host us", "TFLOP/s", "GB/s"]
     text = (
-        "Bytes are the compulsory ones, FLOPs the useful ones. The last two columns are fractions of what a large "
-        "copy, and a large square matmul of the dtype, reached in the same interleaved rounds. Compare within a case."
+        "Right: no more than twice PyTorch's error against fp64, and for ours the same bits in a second call. Times "
+        "are the device's, from a cold L2 cache; rates are of useful FLOPs and compulsory bytes, by the graph's time "
+        "where there is one. Launches and kernels: as the profiler saw one call."
     )
-    return f"## Microbenchmarks\n\n{text}\n\n{_table(header, rows)}"
+    return f"{text}\n\n{table([*header, 'launches', 'kernels'], rows)}"
 
 
-def _main_job(described: dict[str, Any]) -> str:
-    result = result_of(described)
-    said = "\n".join(f"- {line}" for line in notes(result))
-    return f"## Main job\n\n{encoder_text(result)}\n\n{_table(header(result), table_rows(result))}\n\n{said}"
+def _by_form(lines: Sequence[Record], kind: str) -> dict[tuple[str, ...], Record]:
+    return {_key(line): line for line in of_kind(lines, kind)}
 
 
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "tuned/*.json": _tuning,
-    "microbenchmarks.json": _microbenchmarks,
-    "compile_encoder-*.json": _main_job,
-}
+def _key(line: Record) -> tuple[str, ...]:
+    return tuple(str(line.get(name)) for name in ("case", "workload", "encoder", "sizes", "form"))
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _right(judged: Record) -> str:
+    if judged["problem"]:
+        return str(judged["problem"])[:200]
+    ours, theirs = (max(each["rms"] for each in judged[name]) for name in ("errors", "eager_errors"))
+    bits = {True: ", same bits", False: ", other bits", None: ""}[judged.get("same_bits")]
+    return f"RMS {ours:.2e} (PyTorch {theirs:.2e}){bits}"
+
+
+def _encoders(lines: Sequence[Record]) -> str:
+    rows = []
+    timed, traced = _by_form(lines, "timed"), _by_form(lines, "kernels")
+    for judged in of_kind(lines, "judged"):
+        time, trace = timed.get(_key(judged), {}), traced.get(_key(judged), {})
+        sizes = str(judged.get("sizes", "-"))
+        expected = _ledgers_launches(judged["encoder"], sizes) if judged["form"] in COMPILED else None
+        rows.append(
+            [
+                judged["encoder"],
+                judged["form"],
+                sizes,
+                _right(judged),
+                f"{judged['first_call_seconds']:.2f}" if "first_call_seconds" in judged else "-",
+                spread(time.get("wall_ms"), "{:.2f}"),
+                spread(time.get("device_ms"), "{:.2f}"),
+                f"{trace['us'] / 1e3:.2f}" if "us" in trace else "-",
+                f"{trace.get('launches', '-')}" + (f" (ledger: {expected:g})" if expected else ""),
+                f"{time['peak_bytes'] / 2**30:.2f}" if time.get("peak_bytes") else "-",
+                str(judged.get("graphs", "-")),
+            ]
+        )
+    rows += [[line["encoder"], line["form"], "-", line["problem"], *["-"] * 7] for line in of_kind(lines, "absent")]
+    if not rows:
+        return ""
+    header = ["encoder", "form", "batch", "right", "first call, s", "ms by the clock", "ms between events"]
+    text = (
+        "Right: no more than twice the error against fp64 of the same encoder on PyTorch's implementations. The "
+        "kernels' milliseconds are their sum, as the profiler saw one call."
+    )
+    columns = [*header, "ms in kernels", "launches", "peak GiB", "graphs"]
+    return f"{text}\n\n{table(columns, rows)}"
+
+
+def _ledgers_launches(encoder: str, sizes: str) -> float | None:
+    parts = ledger(encoder, sizes) if sizes != "-" else None
+    return sum(part["launches"] * times for part, times in parts) if parts else None
+
+
+def _tuning(lines: Sequence[Record]) -> str:
+    rows = [
+        [
+            line["kernel"],
+            str(line["head_dim"]),
+            "x".join(map(str, line["configuration"].values())),
+            spread(line["us"]),
+            "chosen" if line["chosen"] else (line["problem"] or "").partition("\n")[0],
+        ]
+        for line in of_kind(lines, "tuned")
+    ]
+    header = ["kernel", "head_dim", "BLOCK_M x BLOCK_N x warps x stages", "us, median (range)", ""]
+    text = "The first of each is the default. A gradient's time is that of the whole backward pass."
+    return f"{text}\n\n{table(header, rows)}" if rows else ""
+
+
+def _tests(lines: Sequence[Record]) -> str:
+    tests = of_kind(lines, "test")
+    counts: dict[str, int] = {}
+    for line in tests:
+        counts[line["outcome"]] = counts.get(line["outcome"], 0) + 1
+    told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+    bad = [[line["test"], line["outcome"], line["problem"] or ""] for line in tests if line["outcome"] != "passed"]
+    absent = "; ".join(line["problem"] for line in of_kind(lines, "absent"))
+    return "\n\n".join(filter(None, (told, absent, table(["test", "", "what it says"], bad) if bad else "")))
+
+
+def _sanitizer(lines: Sequence[Record]) -> str:
+    rows = [
+        [x["tool"], x["op"], x["problem"] or "nothing found", x.get("summary") or ""]
+        for x in of_kind(lines, "sanitized")
+    ]
+    absent = "; ".join(f"{line['form']}: {line['problem']}" for line in of_kind(lines, "absent"))
+    return "\n\n".join(filter(None, (absent, table(["tool", "op", "", "its summary"], rows) if rows else "")))
+
+
+def _predictions(records: list[Record]) -> str:
+    rows = [
+        [
+            each.name,
+            each.sizes,
+            f"{each.low:.1f} to {each.high:.1f}",
+            f"{each.measured:.1f}",
+            each.verdict,
+            f"{each.launches[0]:g} and {each.launches[1]:g}" if each.launches else "-",
+        ]
+        for each in predictions(records)
+    ]
+    header = ["what", "sizes", "us predicted", "us measured", "", "launches by the ledger and the profiler"]
+    text = "The prediction is the roofline model's, made without a GPU; of an encoder its kernels one after the other."
+    return f"{text}\n\n{table(header, rows)}" if rows else ""
+
+
+def spread(values: Sequence[float | None] | None, form: str = "{:.1f}") -> str:
+    """Median and range, or a dash."""
+    known = [value for value in values or () if value is not None]
+    if not known:
+        return "-"
+    low, middle, high = (form.format(pick(known)) for pick in (min, statistics.median, max))
+    return f"{middle} ({low} to {high})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     return "\n".join(_lines(header, rows))
 
 
-def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def _lines(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
     for row in (header, ["---"] * len(header), *rows):
-        yield f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
+        yield f"| {' | '.join(str(cell).replace('|', '/').replace(chr(10), ' ') for cell in row)} |"

@@ -57,6 +57,9 @@ STATUSES = {
 
 Configuration = dict[str, Any]
 
+Problem = tuple[int, int, int, int]
+"""Sequences, their length, heads and head_dim."""
+
 
 class Case(NamedTuple):
     """A kernel for one head_dim and dtype, which has a tuned configuration of its own."""
@@ -173,8 +176,18 @@ def _tune(console: Console, wanted: list[Case], budget: float | None) -> int:
     return int(any(attempt.problem and not attempt.lacks for tried in measured.values() for attempt in tried))
 
 
+def problem(head_dim: int) -> Problem:
+    """Qwen2.5-VL's windows for its heads of 80, else 16 tiles of Llama 4."""
+    return *sequences(head_dim), HEADS, head_dim
+
+
 def measure_all(
-    wanted: list[Case], target: str, device: torch.device, timer: Timer, budget: float | None
+    wanted: list[Case],
+    target: str,
+    device: torch.device,
+    timer: Timer,
+    budget: float | None,
+    problem: Callable[[int], Problem] = problem,
 ) -> Iterator[tuple[Case, list[Attempt]]]:
     """Measure the cases in order; after `budget` seconds no further one is begun."""
     start = time.perf_counter()
@@ -188,11 +201,6 @@ def measure_all(
                 attention = attention or prepare(*problem(head_dim), getattr(torch, dtype), device)
                 yield case, measure(case, kept(case, target), attention, timer, target)
                 progress.update()
-
-
-def problem(head_dim: int) -> tuple[int, int, int, int]:
-    """Sequences, their length, heads and head_dim: Qwen2.5-VL's windows for its 80, else 16 tiles of Llama 4."""
-    return *sequences(head_dim), HEADS, head_dim
 
 
 def prepare(
@@ -221,9 +229,8 @@ def _with_gradients(
 ) -> dict[str, tuple[Tensor, ...]]:
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
     out = attention(*inputs)
-    # On the CPU, where the tolerance rule judges.
-    grads = tuple(x.cpu() for x in torch.autograd.grad(out, inputs, grad))
-    return {"varlen_attention": (out.detach().cpu(),), "grad_q": grads, "grad_kv": grads}
+    grads = torch.autograd.grad(out, inputs, grad)
+    return {"varlen_attention": (out.detach(),), "grad_q": grads, "grad_kv": grads}
 
 
 def measure(

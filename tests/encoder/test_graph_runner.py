@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from vit_encoder import CompilationConfig, Llama4VisionConfig, Llama4VisionModel, whole_graph
 from vit_encoder.cuda_graphs import EncoderGraphRunner, plan_replays
 from vit_encoder.llama4 import initialise_, reference_forward
+from vit_kernels import force_impl
 from vit_kernels.testing import assert_close_to_reference, seeded_tensor
+
+from tests.gpu import BACKEND, DEVICE, launching
+
+__all__ = ["launching"]
 
 CONFIG = dataclasses.replace(Llama4VisionConfig.tiny(), num_hidden_layers=1, image_size=56)
 BUDGETS = (2, 3, 5)
@@ -186,15 +191,16 @@ def test_a_bad_model_or_budget() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.usefixtures("fresh_dynamo", "launching")
 @pytest.mark.parametrize("compile_mm_encoder", [False, True])
 def test_captured_graphs_give_what_the_model_gives(compile_mm_encoder: bool) -> None:
-    model = encoder(CompilationConfig(compile_mm_encoder=compile_mm_encoder)).to("cuda", torch.bfloat16)
+    config = CompilationConfig(compile_mm_encoder=compile_mm_encoder, backend=BACKEND)
+    model = encoder(config).to(DEVICE, torch.bfloat16)
     runner = EncoderGraphRunner(model, budgets=BUDGETS)
     for seed, tile_counts in enumerate(([1, 5, 2], [7, 3], [2, 2, 2, 2], [1])):
         images = batch_of(tile_counts, 100 * seed, CONFIG.image_size, torch.bfloat16)
         runner._inputs.static(BUDGETS[-1])[0].fill_(torch.nan)
         for image, features in zip(images, runner(images), strict=True):
-            with torch.no_grad():
-                alone = model(image.cuda())
-            assert_close_to_reference(features, reference_forward(model, image.cuda()), alone)
+            with torch.no_grad(), force_impl("eager"):
+                on_pytorch = model.forward(image.to(DEVICE))
+            assert_close_to_reference(features, reference_forward(model, image.to(DEVICE)), on_pytorch)

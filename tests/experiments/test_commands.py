@@ -22,6 +22,8 @@ STARTED = {
     "experiments",
     "experiments.common.environment",
     "experiments.compile_cost.process",
+    "experiments.gpu.case",
+    "experiments.gpu.tiny",
     "experiments.vllm.generate",
 }
 LINES = [command.line for command in COMMANDS]

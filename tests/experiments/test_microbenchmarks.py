@@ -1,6 +1,7 @@
 """Microbenchmarks: every form computes the same, what is wrong is not timed, and the rates are what they say."""
 
 import importlib
+import inspect
 import json
 import os
 import socket
@@ -21,23 +22,18 @@ from vit_kernels import force_impl
 from vit_kernels.reference import rotary_2d_reference, varlen_attention_reference
 from vit_kernels.testing import corrected_interpreter
 
-from experiments.common import problem
 from experiments.kernels.microbenchmarks import cases, comparison, test_ops
-from experiments.kernels.microbenchmarks.cases import OURS, PEERS, Case, Setting, case_builders, contenders
+from experiments.kernels.microbenchmarks.cases import BACKENDS, OURS, PEERS, Case, Setting, case_builders, contenders
 from experiments.kernels.microbenchmarks.comparison import Ceilings, Outcome, absence, compare, judge
 
 ROOT = Path(__file__).parents[2]
-CPU = Setting(torch.device("cpu"))
+CPU = Setting(torch.device("cpu"), small=True)
 NAMES = list(case_builders(CPU))
-SMALL = {"HEADS": 2, "WIDTH": 24, "GRID": 2, "POSITIONS": 5, "WINDOW": 6}
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiny cases, and no compilation."""
-    for module in (cases, problem):
-        for name in vars(module).keys() & SMALL.keys():
-            monkeypatch.setattr(module, name, SMALL[name])
+    """No compilation."""
     monkeypatch.setattr(cases, "_compiled", lambda call: call)
     with torch.no_grad():
         yield
@@ -49,10 +45,46 @@ def test_every_form_of_a_case_computes_what_the_reference_does(name: str) -> Non
     case = case_builders(CPU)[name]()
     baseline = case.calls[case.baseline]()()
     assert case.calls.keys() == set(contenders(name))
-    for contender in set(contenders(name)) - {OURS, *PEERS}:
+    for contender in set(contenders(name)) - {OURS, *BACKENDS, *PEERS}:
         assert judge(case.calls[contender](), case.expected, baseline) is None, contender
     with corrected_interpreter(), force_impl("triton"):
         assert judge(case.calls[OURS](), case.expected, baseline) is None
+
+
+@pytest.mark.usefixtures("small")
+def test_pytorchs_attention_is_forced_to_the_kernel_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_builders(CPU)["varlen_attention-88"]()
+    baseline = case.calls["sdpa"]()()
+    allowed: list[list[Any]] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(*args: Any) -> Tensor:
+        allowed.append(torch.nn.attention._cur_sdpa_kernel_backends())
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return attend(*args)
+
+    monkeypatch.setattr(cases.F, "scaled_dot_product_attention", recorded)
+    for name in ("sdpa flash", "sdpa cudnn"):
+        assert judge(case.calls[name](), case.expected, baseline) is None
+    backends = torch.nn.attention.SDPBackend
+    assert allowed == [[backends.FLASH_ATTENTION], [backends.CUDNN_ATTENTION]]
+
+
+@pytest.mark.usefixtures("small")
+def test_pytorchs_varlen_attention_is_called_as_it_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("torch.nn.attention.varlen")
+    signature = inspect.signature(module.varlen_attn)
+
+    def varlen_attn(*args: Any) -> Tensor:
+        given = signature.bind(*args).arguments
+        q, k, v, boundaries, boundaries_k, longest, longest_k = given.values()
+        assert list(given) == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+        assert longest == longest_k == int(boundaries.diff().max())
+        return varlen_attention_reference(q, k, v, boundaries, cu_seqlens_k=boundaries_k).to(q.dtype)
+
+    monkeypatch.setattr(module, "varlen_attn", varlen_attn)
+    case = case_builders(CPU)["varlen_attention-80"]()
+    assert judge(case.calls["torch varlen"](), case.expected, case.calls["sdpa"]()()) is None
 
 
 @pytest.mark.usefixtures("small")
@@ -66,6 +98,16 @@ def test_a_result_that_is_off_by_little_is_found(name: str) -> None:
         problem = judge(partial(tuple, spoilt), case.expected, baseline)
         assert problem is not None
         assert problem.startswith("wrong: ")
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_judged_by_stays_what_it_was(name: str) -> None:
+    case = case_builders(CPU)[name]()
+    baseline = case.calls[case.baseline]()()
+    before = [x.clone() for x in baseline]
+    case.calls[case.baseline]()()
+    assert all(map(torch.equal, baseline, before))
 
 
 def flash_attn_varlen_func(
@@ -130,6 +172,25 @@ def test_useful_flops_are_those_of_the_products(head_dim: int) -> None:
 
 
 @pytest.mark.usefixtures("small")
+def test_useful_flops_of_a_linear_layer_are_those_of_its_products() -> None:
+    for name in ("linear_gelu", "linear_gelu_backward"):
+        case = case_builders(CPU)[name]()
+        run = plain_linear_gelu(name)
+        with FlopCounterMode(display=False) as counter:
+            run()
+        assert case.flops == counter.get_total_flops() > 0
+
+
+def plain_linear_gelu(name: str) -> Callable[[], Any]:
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((5, 24), (96, 24), (96,)))
+    with torch.enable_grad():
+        out = torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias))
+    if name == "linear_gelu":
+        return lambda: torch.nn.functional.linear(x, weight, bias)
+    return lambda: torch.autograd.grad(out, [x, weight, bias], torch.ones_like(out), retain_graph=True)
+
+
+@pytest.mark.usefixtures("small")
 def test_compulsory_bytes_are_each_tensor_once() -> None:
     shuffled = 4 * 2 * 2 * 24
     heads = 4 * 5 * 2 * 88
@@ -138,6 +199,10 @@ def test_compulsory_bytes_are_each_tensor_once() -> None:
         "pixel_shuffle": 2 * shuffled,
         "layer_norm_pixel_shuffle": 2 * shuffled + 2 * 4 * 24,
         "linear_gelu": 4 * (5 * 5 * 24 + 4 * 24 * 25),
+        "pixel_shuffle_backward": 2 * shuffled,
+        "layer_norm_pixel_shuffle_backward": 3 * shuffled + 3 * 4 * 24,
+        "linear_gelu_backward": 4 * (6 * 5 * 24 + 2 * 4 * 24 * 25),
+        "rotary_2d_backward": 4 * heads + tables,
         "rotary_2d": 4 * heads + tables,
         "rotary_2d_qkv_": 4 * heads + tables,
         "varlen_attention-88": 4 * heads,
@@ -167,7 +232,7 @@ def test_only_what_is_right_is_timed_and_in_turn_with_the_ceilings(monkeypatch: 
         {"eager": contender("eager", 1.0), "sdpa": contender("sdpa", 1.1), "compiled eager": broken, OURS: broken}
     )
     ceilings = {"copy": lambda: order.append("copy"), "matmul": lambda: order.append("matmul")}
-    monkeypatch.setattr(comparison, "_ceilings", lambda setting: (7, 8, ceilings))
+    monkeypatch.setattr(comparison, "ceilings", lambda device, dtype: (7, 8, ceilings))
 
     def timer(run: Callable[[], object]) -> float:
         run()
@@ -198,6 +263,8 @@ def test_peers_are_absent_where_they_are_not_installed_or_there_is_no_gpu(monkey
     assert absence("vllm", gpu) is None
     assert absence("vllm", cpu) == "needs a GPU: interpreted kernels are never timed"
     assert [absence(name, gpu) for name in (OURS, "eager", "sdpa")] == [None] * 3
+    assert [absence(name, gpu) for name in BACKENDS] == [None] * 3
+    assert [absence(name, cpu) for name in BACKENDS] == ["needs a GPU"] * 3
     assert [absence(name, cpu) is None for name in (OURS, "eager", "compiled eager", "sdpa")] == [
         False,
         True,
@@ -244,7 +311,7 @@ def test_the_rates_are_of_the_medians_and_of_the_ceilings_in_the_same_rounds(mon
     assert info["versions"]["torch"] == metadata.version("torch")
 
 
-@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("peer", [*PEERS, *BACKENDS])
 def test_a_wrong_peer_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch, peer: str) -> None:
     with pytest.raises(pytest.skip.Exception, match="not timed: wrong: by far"):
         run_op(monkeypatch, peer, Outcome(problem="wrong: by far"))
@@ -263,17 +330,15 @@ def test_an_absent_contender_is_skipped_with_the_reason(monkeypatch: pytest.Monk
         run_op(monkeypatch, "vllm", Outcome(absent="vllm is not installed"))
 
 
-RUN_SMALL = f"""
+RUN_SMALL = """
+import functools
 import sys
 import pytest
-from experiments.common import problem
 from experiments.kernels.microbenchmarks import cases, comparison
 
-small = {SMALL}
-for module in (cases, problem):
-    vars(module).update({{name: small[name] for name in vars(module).keys() & small.keys()}})
+cases.Setting = functools.partial(cases.Setting, small=True)
 cases._compiled = lambda call: call
-comparison._ceilings = lambda setting: (1, 1, {{"copy": lambda: None, "matmul": lambda: None}})
+comparison.ceilings = lambda device, dtype: (1, 1, {"copy": lambda: None, "matmul": lambda: None})
 sys.exit(pytest.main(sys.argv[1:]))
 """
 
@@ -312,7 +377,7 @@ def test_interpreted_kernels_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_ceilings_move_and_multiply_what_they_say() -> None:
-    nbytes, flops, runs = comparison._ceilings(CPU)
+    nbytes, flops, runs = comparison.ceilings(CPU.device, CPU.dtype)
     with FlopCounterMode(display=False) as counter:
         runs["matmul"]()
     assert flops == counter.get_total_flops() > 0

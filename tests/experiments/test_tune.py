@@ -53,7 +53,7 @@ def falling_seconds() -> Timer:
 
 
 def measure_on_cpu(wanted: list[Case], timer: Timer) -> Iterator[tuple[Case, list[Attempt]]]:
-    return tune.measure_all(wanted, "sm_90", torch.device("cpu"), timer, None)
+    return tune.measure_all(wanted, "sm_90", torch.device("cpu"), timer, None, problem=small_problem)
 
 
 def stand_in_measure(seconds: dict[int, float], problems: dict[int, str] | None = None) -> Any:
@@ -83,7 +83,6 @@ def run_main(monkeypatch: pytest.MonkeyPatch, measure: Any, *arguments: str) -> 
 def test_every_kept_configuration_is_launched_judged_and_timed(
     monkeypatch: pytest.MonkeyPatch, head_dim: int, dtype: str
 ) -> None:
-    monkeypatch.setattr(tune, "problem", small_problem)
     timed: list[Run] = []
 
     def timer(run: Run) -> float:
@@ -122,7 +121,6 @@ def test_a_wrong_configuration_is_neither_timed_nor_chosen(
     monkeypatch: pytest.MonkeyPatch, kernel: str, results: int
 ) -> None:
     """One element of one result of the last configuration is off; everything but judging says it is the fastest."""
-    monkeypatch.setattr(tune, "problem", small_problem)
     launch, case = tune.launch, FORWARD._replace(kernel=kernel)
     kept = tune.kept(case, "sm_90")
     for place in range(results):

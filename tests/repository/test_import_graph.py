@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 SOURCE_ROOTS = {"vit_kernels": ROOT / "kernels", "vit_encoder": ROOT / "encoder", "experiments": ROOT}
 NOT_OPS = {"reference", "testing", "inspection"}
 ROOMS = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/__init__.py"))
-# The report of a GPU runs the main job and tells its result.
-BENEATH = {"gpu": ("encode",)}
+# The report of a GPU runs the microbenchmarks and the tuning.
+BENEATH = {"gpu": ("kernels",)}
 
 
 class Reference(NamedTuple):
@@ -254,7 +254,7 @@ KERNEL, OP, HELPER, ENCODER = "vit_kernels._triton.an_op", "vit_kernels.an_op", 
         ("experiments do without the tests", "experiments.a", "from tests import conftest"),
         ("experiments.common imports no", "experiments.common.a", "from experiments.encode import report"),
         ("experiments.kernels imports no", "experiments.kernels.a.b", "def f():\n    import experiments.launches.text"),
-        ("experiments.encode imports no", "experiments.encode.__main__", "from experiments.gpu.summary import Outcome"),
+        ("experiments.encode imports no", "experiments.encode.__main__", "from experiments.gpu.summary import table"),
     ],
 )
 def test_a_broken_rule_is_reported(rule: str, module: str, source: str) -> None:
@@ -276,7 +276,7 @@ def test_a_broken_rule_is_reported(rule: str, module: str, source: str) -> None:
         ("vit_encoder.integrations.hf", "import transformers, vllm"),
         ("experiments.a", "import transformers\nfrom vit_kernels import reference"),
         ("experiments.encode.a", "from experiments.common import measure\nfrom experiments.encode import report"),
-        ("experiments.gpu.summary", "from experiments.encode.report import header"),
+        ("experiments.gpu.tuning", "from experiments.kernels import tune"),
     ],
 )
 def test_what_the_rules_allow_is_not_reported(module: str, source: str) -> None:

@@ -1,10 +1,10 @@
-"""What is timed: each op on one problem, in every form that computes the same."""
+"""What is timed: each op and its backward on one problem, in every form that computes the same."""
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch import config as functorch_config
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from vit_kernels import (
     force_impl,
     layer_norm_pixel_shuffle,
@@ -30,14 +31,20 @@ from vit_kernels.reference import (
 )
 from vit_kernels.testing import seeded_tensor
 
-from experiments.common.problem import GRID, HEAD_DIM, HEADS, POSITIONS, TILES, WIDTH, sequences
+from experiments.common.problem import GRID, HEAD_DIM, HEADS, TILES, WIDTH, WINDOW
 
 Results = tuple[Tensor, ...]
 Call = Callable[[], Results]
+Form = Callable[..., Results | Tensor]
 
 OURS = "triton"
 PEERS = ("flash_attn", "vllm", "liger_kernel")
 """Packages that must be installed to take part, and that need a GPU."""
+
+BACKENDS = ("sdpa flash", "sdpa cudnn", "torch varlen")
+"""PyTorch's own attention, forced to one of its GPU kernels; not each takes every head_dim."""
+
+HEAD_DIMS = (88, 80, 72, 64, 96, 128)
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how large: 16 tiles in bfloat16 on a GPU, 1 tile in float32 on a CPU."""
+    """Where and how large: 16 tiles in bfloat16 on a GPU, 1 tile in float32 on a CPU; `small` for the interpreter."""
 
     device: torch.device
+    small: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,56 +82,141 @@ class Setting:
 
     @property
     def tiles(self) -> int:
-        """Of 577 tokens."""
+        """Of `positions` tokens."""
         return TILES if self.device.type == "cuda" else 1
+
+    @property
+    def grid(self) -> int:
+        """Patches along the side of a tile."""
+        return 2 if self.small else GRID
+
+    @property
+    def positions(self) -> int:
+        """Tokens of a tile: 577, the class token included."""
+        return self.grid**2 + 1
+
+    @property
+    def heads(self) -> int:
+        """Of q, and as many of k and v."""
+        return 2 if self.small else HEADS
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return 24 if self.small else WIDTH
 
     def tensor(self, *shape: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
         """Normal values."""
         return seeded_tensor(shape, dtype or self.dtype, seed).to(self.device)
 
+    def sequences(self, head_dim: int) -> tuple[int, int]:
+        """How many and how long: tiles of Llama 4, or for head_dim 80 Qwen2.5-VL's windows."""
+        window = 6 if self.small else WINDOW
+        return (9 * self.tiles, window) if head_dim == 80 else (self.tiles, self.positions)
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op on one problem, of which a case is its forward or its backward.
+
+    Attributes:
+        exact: the op in fp64, on inputs in fp64.
+        forms: contender -> what prepares it and returns its function of the inputs.
+        leaves: how many of the inputs are differentiated, from the first.
+        nbytes, flops: of the forward, and of the backward, as in `Case`.
+    """
+
+    sizes: str
+    inputs: Results
+    exact: Form
+    forms: dict[str, Callable[[], Form]]
+    leaves: int
+    nbytes: tuple[int, int]
+    flops: tuple[int, int] = (0, 0)
+    baseline: str = "eager"
+
+    def forward(self) -> Case:
+        """The case of its forward."""
+        calls: dict[str, Callable[[], Call]] = {
+            name: partial(_forward, make, self.inputs) for name, make in self.forms.items()
+        }
+        with torch.no_grad():
+            expected = _results(self.exact(*(x.double() for x in self.inputs)))
+        return Case(self.sizes, expected, self.baseline, self.nbytes[0], self.flops[0], calls)
+
+    def backward(self) -> Case:
+        """The case of its backward: the gradients of the leaves from those of the results."""
+        exact = _backward(lambda: self.exact, [x.double() for x in self.inputs], self.leaves, self.inputs[0].dtype)
+        calls: dict[str, Callable[[], Call]] = {
+            # vLLM's has none.
+            name: partial(_backward, make, self.inputs, self.leaves)
+            for name, make in self.forms.items()
+            if name != "vllm"
+        }
+        return Case(self.sizes, exact(), self.baseline, self.nbytes[1], self.flops[1], calls)
+
 
 def case_builders(setting: Setting) -> dict[str, Callable[[], Case]]:
     """Name of a case -> what makes its tensors."""
-    head_dims = (88, 80, 64, 72, 96, 128) if setting.device.type == "cuda" else (88, 80)
-    builders: dict[str, Callable[[], Case]] = {
+    ops: dict[str, Callable[[], Op]] = {
         "pixel_shuffle": partial(_pixel_shuffle, setting),
         "layer_norm_pixel_shuffle": partial(_layer_norm_pixel_shuffle, setting),
         "linear_gelu": partial(_linear_gelu, setting),
         "rotary_2d": partial(_rotary_2d, setting),
-        "rotary_2d_qkv_": partial(_rotary_2d_qkv, setting),
     }
-    for head_dim in head_dims:
-        builders[f"varlen_attention-{head_dim}"] = partial(_attention, setting, head_dim)
-    for head_dim in head_dims:
-        builders[f"varlen_attention_backward-{head_dim}"] = partial(_attention_backward, setting, head_dim)
+    for head_dim in HEAD_DIMS if setting.device.type == "cuda" else (88, 80):
+        ops[f"varlen_attention-{head_dim}"] = partial(attention, setting, head_dim, *setting.sequences(head_dim))
+    builders: dict[str, Callable[[], Case]] = {"rotary_2d_qkv_": partial(_rotary_2d_qkv, setting)}
+    builders |= {name: lambda make=make: make().forward() for name, make in ops.items()}  # type: ignore[misc]
+    for name, make in ops.items():
+        op, _, head_dim_of = name.partition("-")
+        backward = "-".join(filter(None, (f"{op}_backward", head_dim_of)))
+        builders[backward] = lambda make=make: make().backward()  # type: ignore[misc]
     return builders
 
 
 def contenders(name: str) -> tuple[str, ...]:
     """Who takes part in a case."""
+    op = name.partition("-")[0]
+    if op == "varlen_attention":
+        return (OURS, "sdpa", *BACKENDS, "flash_attn", "vllm")
+    if op == "varlen_attention_backward":
+        return (OURS, "sdpa", *BACKENDS, "flash_attn")
     every = (OURS, "eager", "compiled eager")
-    if name.startswith("varlen_attention_backward"):
-        return (*every, "sdpa", "flash_attn")
-    if name.startswith("varlen_attention"):
-        return (*every, "sdpa", "flash_attn", "vllm")
     return {
         "rotary_2d": (*every, "flash_attn", "liger_kernel"),
+        "rotary_2d_backward": (*every, "flash_attn", "liger_kernel"),
         "layer_norm_pixel_shuffle": (*every, "liger_kernel"),
-    }.get(name, every)
+        "layer_norm_pixel_shuffle_backward": (*every, "liger_kernel"),
+    }.get(op, every)
+
+
+def _results(results: Results | Tensor) -> Results:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _forward(make: Callable[[], Form], inputs: Results) -> Call:
+    form = make()
+    return lambda: _results(form(*inputs))
+
+
+def _backward(
+    make: Callable[[], Form], inputs: Results | list[Tensor], leaves: int, dtype: torch.dtype | None = None
+) -> Call:
+    """The call that differentiates; `dtype` is what the gradients of the results are rounded to first."""
+    differentiated = [x.detach().requires_grad_() for x in inputs[:leaves]]
+    # Compiled backward passes otherwise reuse the memory of what was saved, and run once only.
+    with torch.enable_grad(), functorch_config.patch(donated_buffer=False):
+        results = _results(make()(*differentiated, *inputs[leaves:]))
+    gradients = [
+        seeded_tensor(x.shape, dtype or x.dtype, seed=9 + place).to(x.device, x.dtype)
+        for place, x in enumerate(results)
+    ]
+    return lambda: torch.autograd.grad(results, differentiated, gradients, retain_graph=True)
 
 
 def _bytes_of(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _ready(call: Callable[..., Results | Tensor], *args: Any) -> Callable[[], Call]:
-    """A contender that needs no preparation."""
-
-    def run() -> Results:
-        results = call(*args)
-        return results if isinstance(results, tuple) else (results,)
-
-    return lambda: run
 
 
 def _eager(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,170 +233,183 @@ def _compiled(call: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(call, fullgraph=True, dynamic=False)
 
 
-def _forms(op: Callable[..., Any], *args: Any) -> dict[str, Callable[[], Call]]:
+def _forms(op: Form) -> dict[str, Callable[[], Form]]:
     """Ours, eager and torch.compile'd eager."""
     eager = _eager(op)
-    return {OURS: _ready(op, *args), "eager": _ready(eager, *args), "compiled eager": _ready(_compiled(eager), *args)}
+    return {OURS: lambda: op, "eager": lambda: eager, "compiled eager": lambda: _compiled(eager)}
 
 
-def _pixel_shuffle(setting: Setting) -> Case:
-    x = setting.tensor(setting.tiles, POSITIONS, WIDTH)[:, :-1]
-    calls = _forms(lambda x: pixel_shuffle(x, GRID, GRID), x)
-    expected = pixel_shuffle_reference(x, GRID, GRID).double()
-    return Case(f"{setting.tiles} x {GRID} x {GRID} x {WIDTH}", (expected,), "eager", 2 * _bytes_of(x), 0, calls)
+def _pixel_shuffle(setting: Setting) -> Op:
+    x, grid = setting.tensor(setting.tiles, setting.positions, setting.width)[:, :-1], setting.grid
+    return Op(
+        sizes=f"{setting.tiles} x {grid} x {grid} x {setting.width}",
+        inputs=(x,),
+        exact=lambda x: pixel_shuffle_reference(x, grid, grid),
+        forms=_forms(lambda x: pixel_shuffle(x, grid, grid)),
+        leaves=1,
+        nbytes=(2 * _bytes_of(x), 2 * _bytes_of(x)),
+    )
 
 
-def _layer_norm_pixel_shuffle(setting: Setting) -> Case:
-    x = setting.tensor(setting.tiles, POSITIONS, WIDTH)[:, :-1]
-    weight, bias = setting.tensor(WIDTH, seed=1), setting.tensor(WIDTH, seed=2)
-    calls = _forms(lambda x, weight, bias: layer_norm_pixel_shuffle(x, weight, bias, GRID, GRID), x, weight, bias)
+def _layer_norm_pixel_shuffle(setting: Setting) -> Op:
+    x, grid = setting.tensor(setting.tiles, setting.positions, setting.width)[:, :-1], setting.grid
+    weight, bias = setting.tensor(setting.width, seed=1), setting.tensor(setting.width, seed=2)
 
-    def liger() -> Call:
+    def liger() -> Form:
         layer_norm: Any = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
-        return lambda: (pixel_shuffle(layer_norm.apply(x, weight, bias, 1e-5), GRID, GRID),)
+        return lambda x, weight, bias: pixel_shuffle(layer_norm.apply(x, weight, bias, 1e-5), grid, grid)
 
-    normal = F.layer_norm(x.double(), (WIDTH,), weight.double(), bias.double(), 1e-5)
-    expected = pixel_shuffle_reference(normal, GRID, GRID)
-    nbytes = 2 * _bytes_of(x) + _bytes_of(weight, bias)
-    sizes = f"{setting.tiles} x {GRID} x {GRID} x {WIDTH}"
-    return Case(sizes, (expected,), "eager", nbytes, 0, calls | {"liger_kernel": liger})
+    def exact(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return pixel_shuffle_reference(F.layer_norm(x, (setting.width,), weight, bias, 1e-5), grid, grid)
 
-
-def _linear_gelu(setting: Setting) -> Case:
-    tokens, features = setting.tiles * POSITIONS, 4 * WIDTH
-    x, bias = setting.tensor(tokens, WIDTH), setting.tensor(features, seed=2)
-    weight = setting.tensor(features, WIDTH, seed=1) * WIDTH**-0.5
-    # The reference of `vit_kernels.reference` holds every product of it.
-    expected = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
-    nbytes = _bytes_of(x, weight, bias) + 4 * _bytes_of(x)
-    sizes = f"{tokens} x {WIDTH} x {features}"
-    calls = _forms(linear_gelu, x, weight, bias)
-    return Case(sizes, (expected,), "eager", nbytes, 2 * tokens * WIDTH * features, calls)
+    forms = _forms(lambda x, weight, bias: layer_norm_pixel_shuffle(x, weight, bias, grid, grid))
+    parameters = _bytes_of(weight, bias)
+    return Op(
+        sizes=f"{setting.tiles} x {grid} x {grid} x {setting.width}",
+        inputs=(x, weight, bias),
+        exact=exact,
+        forms=forms | {"liger_kernel": liger},
+        leaves=3,
+        # x, the gradients of the result and of x; the weight, and two gradients.
+        nbytes=(2 * _bytes_of(x) + parameters, 3 * _bytes_of(x) + _bytes_of(weight) + parameters),
+    )
 
 
-def _packed_qkv(setting: Setting, head_dim: int = HEAD_DIM) -> Tensor:
-    return setting.tensor(setting.tiles * POSITIONS, 3 * HEADS, head_dim)
+def _linear_gelu(setting: Setting) -> Op:
+    tokens, width, features = setting.tiles * setting.positions, setting.width, 4 * setting.width
+    x, bias = setting.tensor(tokens, width), setting.tensor(features, seed=2)
+    weight = setting.tensor(features, width, seed=1) * width**-0.5
+    products = 2 * tokens * width * features
+    return Op(
+        sizes=f"{tokens} x {width} x {features}",
+        inputs=(x, weight, bias),
+        # The reference of `vit_kernels.reference` holds every product of it.
+        exact=lambda x, weight, bias: F.gelu(F.linear(x, weight, bias)),
+        forms=_forms(linear_gelu),
+        leaves=3,
+        # The result, and its gradient, are 4 times as large as x.
+        nbytes=(5 * _bytes_of(x) + _bytes_of(weight, bias), 6 * _bytes_of(x) + 2 * _bytes_of(weight, bias)),
+        flops=(products, 2 * products),
+    )
 
 
-def _tables(setting: Setting, head_dim: int = HEAD_DIM) -> tuple[Tensor, Tensor]:
-    angles = math.pi * setting.tensor(POSITIONS, head_dim // 2, seed=1, dtype=torch.float32)
+def _packed_qkv(setting: Setting) -> Tensor:
+    return setting.tensor(setting.tiles * setting.positions, 3 * setting.heads, HEAD_DIM)
+
+
+def _tables(setting: Setting) -> tuple[Tensor, Tensor]:
+    angles = math.pi * setting.tensor(setting.positions, HEAD_DIM // 2, seed=1, dtype=torch.float32)
     return angles.cos(), angles.sin()
 
 
-def _rotary_2d(setting: Setting) -> Case:
-    q, k, _ = _packed_qkv(setting).split(HEADS, dim=1)
+def _rotary_2d(setting: Setting) -> Op:
+    q, k, _ = _packed_qkv(setting).split(setting.heads, dim=1)
     tables = cos, sin = _tables(setting)
 
-    def liger() -> Call:
+    def liger() -> Form:
         rotate = importlib.import_module("liger_kernel.transformers.llama4_rope").liger_llama4_vision_rotary_pos_emb
-        tiles = [x.unflatten(0, (-1, POSITIONS)) for x in (q, k)]
         turn = torch.complex(cos, sin)
-        return lambda: tuple(x.flatten(0, 1) for x in rotate(*tiles, turn))
 
-    def flash_attn() -> Call:
+        def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Results:
+            tiles = [x.unflatten(0, (-1, setting.positions)) for x in (q, k)]
+            return tuple(x.flatten(0, 1) for x in rotate(*tiles, turn))
+
+        return run
+
+    def flash_attn() -> Form:
         rotate = importlib.import_module("flash_attn.layers.rotary").apply_rotary_emb
-        tiles = [x.unflatten(0, (-1, POSITIONS)) for x in (q, k)]
         # It takes its tables in the dtype of q only.
         cast = [table.to(q.dtype) for table in tables]
-        return lambda: tuple(rotate(x, *cast, interleaved=True).flatten(0, 1) for x in tiles)
 
-    calls = _forms(rotary_2d, q, k, *tables) | {"liger_kernel": liger, "flash_attn": flash_attn}
-    expected = rotary_2d_reference(q, k, *tables)
+        def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Results:
+            tiles = [x.unflatten(0, (-1, setting.positions)) for x in (q, k)]
+            return tuple(rotate(x, *cast, interleaved=True).flatten(0, 1) for x in tiles)
+
+        return run
+
     nbytes = 2 * _bytes_of(q, k) + _bytes_of(*tables)
-    return Case(f"q and k of {setting.tiles} x {POSITIONS} x {HEADS} x {HEAD_DIM}", expected, "eager", nbytes, 0, calls)
+    return Op(
+        sizes=f"q and k of {setting.tiles} x {setting.positions} x {setting.heads} x {HEAD_DIM}",
+        inputs=(q, k, *tables),
+        exact=rotary_2d_reference,
+        forms=_forms(rotary_2d) | {"liger_kernel": liger, "flash_attn": flash_attn},
+        leaves=2,
+        nbytes=(nbytes, nbytes),
+    )
 
 
 def _rotary_2d_qkv(setting: Setting) -> Case:
-    qkv, tables = _packed_qkv(setting), _tables(setting)
+    qkv, tables, heads = _packed_qkv(setting), _tables(setting), setting.heads
 
     def in_plain_pytorch(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, _ = qkv.split(HEADS, dim=1)
+        q, k, _ = qkv.split(heads, dim=1)
         for x, turned in zip((q, k), rotary_2d(q, k, cos, sin), strict=True):
             x.copy_(turned)
         return qkv
 
-    calls = {
-        OURS: _ready(rotary_2d_qkv_, qkv.clone(), *tables),
-        "eager": _ready(_eager(rotary_2d_qkv_), qkv.clone(), *tables),
-        "compiled eager": _ready(_compiled(_eager(in_plain_pytorch)), qkv.clone(), *tables),
+    forms = {
+        OURS: lambda: rotary_2d_qkv_,
+        "eager": lambda: _eager(rotary_2d_qkv_),
+        "compiled eager": lambda: _compiled(_eager(in_plain_pytorch)),
     }
-    expected = rotary_2d_qkv_reference(qkv, *tables, kv_heads=HEADS)
-    nbytes = 2 * _bytes_of(qkv[:, : 2 * HEADS]) + _bytes_of(*tables)
-    return Case(f"{setting.tiles} x {POSITIONS} x {3 * HEADS} x {HEAD_DIM}", (expected,), "eager", nbytes, 0, calls)
+    # Each preparation has a copy: otherwise a second one would turn what the first had turned.
+    calls: dict[str, Callable[[], Call]] = {
+        name: lambda make=make: _forward(make, (qkv.clone(), *tables))  # type: ignore[misc]
+        for name, make in forms.items()
+    }
+    expected = rotary_2d_qkv_reference(qkv, *tables, kv_heads=heads)
+    nbytes = 2 * _bytes_of(qkv[:, : 2 * heads]) + _bytes_of(*tables)
+    sizes = f"{setting.tiles} x {setting.positions} x {3 * heads} x {HEAD_DIM}"
+    return Case(sizes, (expected,), "eager", nbytes, 0, calls)
 
 
-@dataclass(frozen=True)
-class _Sequences:
-    """Equal sequences: tiles of Llama 4, or for head_dim 80 Qwen2.5-VL's windows."""
+def attention(setting: Setting, head_dim: int, count: int, length: int) -> Op:
+    """Attention within `count` sequences of `length` tokens, on views of a packed qkv.
 
-    count: int
-    length: int
-    sizes: str
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    cu_seqlens: Tensor
+    The eager implementation is no contender: it loops over sequences, with the boundaries on the host.
+    """
+    q, k, v = setting.tensor(count * length, 3, setting.heads, head_dim).unbind(1)
+    cu_seqlens = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=setting.device)
 
-    @property
-    def flops(self) -> int:
-        """Of the two products of the forward pass."""
-        return 4 * self.count * self.length**2 * HEADS * self.q.shape[2]
-
-    def sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One batched call."""
-        batched = (x.unflatten(0, (self.count, self.length)).transpose(1, 2) for x in (q, k, v))
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batched = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(*batched).transpose(1, 2).flatten(0, 1)
 
-    def forms(self) -> dict[str, Callable[..., Tensor]]:
-        """Contender -> its attention of q, k and v."""
-        ours = partial(varlen_attention, cu_seqlens=self.cu_seqlens)
-        return {OURS: ours, "eager": _eager(ours), "compiled eager": _compiled(self.sdpa), "sdpa": self.sdpa}
+    def forced(backend: SDPBackend) -> Form:
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return sdpa(q, k, v)
 
-    def flash(self, module: str) -> Callable[..., Tensor]:
+        return run
+
+    def varlen() -> Form:
+        attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+        # It takes no strides but contiguous ones in some versions; the copies are part of what a caller pays.
+        return lambda q, k, v: attend(q, k, v, cu_seqlens, cu_seqlens, length, length)
+
+    def flash(module: str) -> Form:
         """`flash_attn_varlen_func` of flash-attn, or of vLLM's fork of it."""
         attend = importlib.import_module(module).flash_attn_varlen_func
-        return partial(
-            attend,
-            cu_seqlens_q=self.cu_seqlens,
-            cu_seqlens_k=self.cu_seqlens,
-            max_seqlen_q=self.length,
-            max_seqlen_k=self.length,
-        )
+        lengths = {"max_seqlen_q": length, "max_seqlen_k": length}
+        return partial(attend, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, **lengths)
 
-
-def _sequences(setting: Setting, head_dim: int) -> _Sequences:
-    count, length = sequences(head_dim, setting.tiles)
-    q, k, v = setting.tensor(count * length, 3, HEADS, head_dim).unbind(1)
-    cu_seqlens = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=setting.device)
-    return _Sequences(count, length, f"{count} x {length} x {HEADS} x {head_dim}", q, k, v, cu_seqlens)
-
-
-def _attention(setting: Setting, head_dim: int) -> Case:
-    s = _sequences(setting, head_dim)
-    qkv = s.q, s.k, s.v
-    calls = {name: _ready(form, *qkv) for name, form in s.forms().items()}
-    calls["flash_attn"] = lambda: _ready(s.flash("flash_attn"), *qkv)()
-    calls["vllm"] = lambda: _ready(s.flash("vllm.vllm_flash_attn"), *qkv)()
-    expected = varlen_attention_reference(*qkv, s.cu_seqlens)
-    return Case(s.sizes, (expected,), "sdpa", 4 * _bytes_of(s.q), s.flops, calls)
-
-
-def _attention_backward(setting: Setting, head_dim: int) -> Case:
-    s = _sequences(setting, head_dim)
-    grad = setting.tensor(*s.q.shape, seed=1)
-
-    def differentiate(attention: Callable[..., Tensor], inputs: Iterable[Tensor]) -> Call:
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        # Compiled backward passes otherwise reuse the memory of what was saved, and run once only.
-        with torch.enable_grad(), functorch_config.patch(donated_buffer=False):
-            out = attention(*leaves)
-        gradient = grad.to(out.dtype)
-        return lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True)
-
-    qkv = s.q, s.k, s.v
-    calls: dict[str, Callable[[], Call]] = {name: partial(differentiate, form, qkv) for name, form in s.forms().items()}
-    calls["flash_attn"] = lambda: differentiate(s.flash("flash_attn"), qkv)
-    exact = differentiate(partial(varlen_attention_reference, cu_seqlens=s.cu_seqlens), [x.double() for x in qkv])()
-    # q, k, v, out and its gradient are read, with the log-sum-exps, and three gradients written.
-    nbytes = 8 * _bytes_of(s.q) + 4 * s.q.shape[0] * HEADS
-    return Case(s.sizes, exact, "sdpa", nbytes, 5 * s.flops // 2, calls)
+    flops = 4 * count * length**2 * setting.heads * head_dim
+    return Op(
+        sizes=f"{count} x {length} x {setting.heads} x {head_dim}",
+        inputs=(q, k, v),
+        exact=partial(varlen_attention_reference, cu_seqlens=cu_seqlens),
+        forms={
+            OURS: lambda: partial(varlen_attention, cu_seqlens=cu_seqlens),
+            "sdpa": lambda: sdpa,
+            "sdpa flash": lambda: forced(SDPBackend.FLASH_ATTENTION),
+            "sdpa cudnn": lambda: forced(SDPBackend.CUDNN_ATTENTION),
+            "torch varlen": varlen,
+            "flash_attn": partial(flash, "flash_attn"),
+            "vllm": partial(flash, "vllm.vllm_flash_attn"),
+        },
+        leaves=3,
+        # q, k, v, out and its gradient are read, with the log-sum-exps, and three gradients written.
+        nbytes=(4 * _bytes_of(q), 8 * _bytes_of(q) + 4 * count * length * setting.heads),
+        flops=(flops, 5 * flops // 2),
+        baseline="sdpa",
+    )

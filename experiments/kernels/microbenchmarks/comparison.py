@@ -9,7 +9,7 @@ import torch
 from vit_kernels.testing import assert_close_to_reference
 
 from experiments.common.measure import Run, Timer, interleaved_seconds
-from experiments.kernels.microbenchmarks.cases import OURS, PEERS, Call, Case, Results, Setting
+from experiments.kernels.microbenchmarks.cases import BACKENDS, OURS, PEERS, Call, Case, Results, Setting
 
 ROUNDS = 7
 COPY, MATMUL = "copy", "matmul"
@@ -44,6 +44,8 @@ def absence(contender: str, device: torch.device) -> str | None:
     """Why a contender cannot run here, or None."""
     if contender in PEERS and importlib.util.find_spec(contender) is None:
         return f"{contender} is not installed"
+    if device.type != "cuda" and contender in BACKENDS:
+        return "needs a GPU"
     if device.type != "cuda" and contender in (OURS, *PEERS):
         return "needs a GPU: interpreted kernels are never timed"
     return None
@@ -63,8 +65,8 @@ def compare(case: Case, names: tuple[str, ...], setting: Setting, timer: Timer) 
             # A peer of another version may raise anything; it must not keep the others from being measured.
             except Exception as error:
                 outcome.problem = f"failed: {type(error).__name__}: {error}"
-    copied, multiplied, ceilings = _ceilings(setting)
-    seconds = interleaved_seconds(runs | ceilings, timer, rounds=ROUNDS)
+    copied, multiplied, limits = ceilings(setting.device, setting.dtype)
+    seconds = interleaved_seconds(runs | limits, timer, rounds=ROUNDS)
     for name in runs:
         outcomes[name].seconds = seconds[name]
     return outcomes, Ceilings(copied, multiplied, seconds[COPY], seconds[MATMUL])
@@ -80,14 +82,14 @@ def judge(call: Call, expected: Results, pytorch: Results) -> str | None:
     return None
 
 
-def _ceilings(setting: Setting) -> tuple[int, int, dict[str, Run]]:
-    """The bytes of a copy, the FLOPs of a product, and their runs."""
-    on_gpu = setting.device.type == "cuda"
-    source = torch.ones(2**30 if on_gpu else 2**27, dtype=torch.uint8, device=setting.device)
+def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[int, int, dict[str, Run]]:
+    """The bytes of a copy, the FLOPs of a product of `dtype`, and their runs."""
+    on_gpu = device.type == "cuda"
+    source = torch.ones(2**30 if on_gpu else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     side = 8192 if on_gpu else 1024
     # Random, since a GPU's clock, and with it the ceiling, depends on how many bits change; drawn where it is fast.
-    a, b = torch.randn(2, side, side, dtype=setting.dtype, device=setting.device)
+    a, b = torch.randn(2, side, side, dtype=dtype, device=device)
     product = torch.empty_like(a)
     runs: dict[str, Run] = {COPY: lambda: target.copy_(source), MATMUL: lambda: torch.mm(a, b, out=product)}
     return 2 * source.nbytes, 2 * side**3, runs

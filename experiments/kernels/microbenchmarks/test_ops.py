@@ -1,10 +1,11 @@
-"""Each op against its eager form, torch.compile'd eager and installed peers.
+"""Each op and its backward against its eager form, torch.compile'd eager, PyTorch's attention and installed peers.
 
 `pytest experiments/kernels/microbenchmarks` runs them.
 
 All contenders of a case are judged, and those that are right timed in interleaved rounds, when the first of them is
 asked for; pytest-benchmark then gets each one's samples. So drift reaches all of them alike, and only ratios within a
-case are to be trusted. A peer that is wrong or fails is skipped with the reason, one of the project's own forms fails.
+case are to be trusted. A peer, or a kernel of PyTorch's attention, that is wrong or fails is skipped with the reason;
+another form fails.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from experiments.common.environment import environment
 from experiments.common.measure import timer_for
-from experiments.kernels.microbenchmarks.cases import PEERS, Case, Setting, case_builders, contenders
+from experiments.kernels.microbenchmarks.cases import BACKENDS, PEERS, Case, Setting, case_builders, contenders
 from experiments.kernels.microbenchmarks.comparison import Ceilings, Outcome, compare
 
 # Peers may warn as they like.
@@ -61,7 +62,7 @@ def test_op(benchmark: Any, name: str, contender: str) -> None:
     outcome = outcomes[contender]
     if outcome.absent:
         pytest.skip(outcome.absent)
-    if outcome.problem and contender in PEERS:
+    if outcome.problem and contender in (*PEERS, *BACKENDS):
         pytest.skip(f"not timed: {outcome.problem}")
     assert outcome.problem is None, f"not timed: {outcome.problem}"
     benchmark.group = f"{name}: {case.sizes}"

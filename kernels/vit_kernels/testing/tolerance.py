@@ -20,7 +20,7 @@ def assert_close_to_reference(
     The factor of 2 is flash-attention's (Dao-AILab/flash-attention, tests/test_flash_attn.py).
 
     Args:
-        actual: any shape, a floating dtype: the result to judge.
+        actual: any shape, a floating dtype: the result to judge, on whose device it is judged.
         expected_fp64: the same shape, float64, from the same inputs (the low-precision ones, upcast).
         pytorch_same_precision: the same shape and dtype as `actual`: what PyTorch makes of those inputs.
 
@@ -29,7 +29,8 @@ def assert_close_to_reference(
         TypeError, ValueError: the arguments' dtypes or shapes are not these.
     """
     _validate(actual, expected_fp64, pytorch_same_precision)
-    actual, pytorch, expected = (x.detach().cpu() for x in (actual, pytorch_same_precision, expected_fp64))
+    # Where `actual` is: to bring a large result to the host takes longer than to make and judge it.
+    actual, pytorch, expected = (x.detach().to(actual.device) for x in (actual, pytorch_same_precision, expected_fp64))
     _assert_same_special_values(actual, expected.to(actual.dtype))
     finite = expected.to(actual.dtype).isfinite()
     if not finite.any():
