@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_encoder.cuda_graphs.planner import QWEN2_5_VL_BUDGETS
+from vit_encoder.cuda_graphs.planner import QWEN2_5_VL_BUDGETS, QWEN3_VL_BUDGETS
 from vit_encoder.images import placement
 from vit_encoder.qwen2_5_vl.config import Qwen2_5_VLVisionConfig
 from vit_encoder.qwen2_5_vl.metadata import vision_metadata
+from vit_encoder.qwen3_vl.config import Qwen3VLVisionConfig
+from vit_encoder.qwen3_vl.metadata import vision_metadata as qwen3_vl_metadata
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ LAYOUTS: dict[type, PatchLayout] = {
         sequences={"cu_seqlens": FRAMES, "cu_window_seqlens": SequenceRoom(_windows, 32)},
         orders=("window_index", "reverse_index"),
         budgets=QWEN2_5_VL_BUDGETS,
+    ),
+    Qwen3VLVisionConfig: PatchLayout(
+        qwen3_vl_metadata, sequences={"cu_seqlens": FRAMES}, orders=(), budgets=QWEN3_VL_BUDGETS
     ),
 }
 """By the class of a model's configuration."""

@@ -25,6 +25,8 @@ experiments.graph_budgets` chose them on batches of 1 to 8 images from vLLM's be
 resolutions, and reports the padding. Published checkpoints allow images of 65536 patches: those beyond 5120 go through
 the model.
 """
+QWEN3_VL_BUDGETS = (256, 1280, 1984, 3520, 4160, 5120)
+"""Patches of the graphs to capture for Qwen3-VL, chosen likewise, with the image bounds of its checkpoints."""
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ class EncoderGraphRunner:
     tokens: vLLM's `EncoderCudaGraphManager`.
 
     Args:
-        model: a `Llama4VisionModel` or a `Qwen2_5_VLVisionModel`, or any module with `config.num_channels` and
-            `config.image_size` that takes [tiles, num_channels, image_size, image_size] to [tiles, ...], each tile for
-            itself. It stays where it is: the graphs read its weights in place.
+        model: a `Llama4VisionModel`, `Qwen2_5_VLVisionModel` or `Qwen3VLVisionModel`, or any module with
+            `config.num_channels` and `config.image_size` that takes [tiles, num_channels, image_size, image_size] to
+            [tiles, ...], each tile for itself. It stays where it is: the graphs read its weights in place.
         budgets: of each graph, increasing, in tiles (Llama 4) or patches; those of `inputs` when None.
         inputs: how images become what is captured and padded; by the model's configuration when None.
 
@@ -71,11 +71,11 @@ class EncoderGraphRunner:
         """Encode images.
 
         Args:
-            images: for Llama 4 [tiles, num_channels, image_size, image_size] each, for Qwen2.5-VL a `PatchedImage`
-                each, an image or a video; floating point, of any dtype and device.
+            images: for Llama 4 [tiles, num_channels, image_size, image_size] each, for the Qwen encoders a
+                `PatchedImage` each, an image or a video; floating point, of any dtype and device.
 
         Returns:
-            The features of each image, [tiles, ...] or [units, out_hidden_size], in the order of `images`.
+            The features of each image, [tiles, ...] or [units, width], in the order of `images`.
 
         Raises:
             TypeError: `images` is no sequence of such images.

@@ -29,7 +29,7 @@ class TileInputs:
         if not hasattr(config, "num_channels") or not hasattr(config, "image_size"):
             raise TypeError(
                 f"model: got {type(model).__name__}, expected a config with num_channels and image_size, or "
-                "Qwen2_5_VLVisionConfig"
+                "that of a Qwen encoder"
             )
         self.module = model
         self._shape = (config.num_channels, config.image_size, config.image_size)
