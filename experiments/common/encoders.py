@@ -18,15 +18,24 @@ from vit_encoder import (
     Qwen2_5_VLImageSettings,
     Qwen2_5_VLVisionConfig,
     Qwen2_5_VLVisionModel,
+    Qwen3VLImageSettings,
+    Qwen3VLVisionConfig,
+    Qwen3VLVisionModel,
     TiledImage,
     llama4,
     qwen2_5_vl,
+    qwen3_vl,
     tile_image,
 )
 from vit_encoder.images import ImageInput
 
 from experiments.common import cli
-from experiments.common.peers import transformers_qwen2_5_vl, transformers_vision_model
+from experiments.common.peers import (
+    side_by_side,
+    transformers_qwen2_5_vl,
+    transformers_qwen3_vl,
+    transformers_vision_model,
+)
 from experiments.common.weights import SEED, VisionEncoder, random_encoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -262,6 +271,29 @@ ENCODERS: dict[str, Encoder] = {
         peer=transformers_qwen2_5_vl,
         peer_features=lambda output: output.pooler_output,
         kept=("fullatt_block_indexes",),
+    ),
+    "qwen3_vl": PatchEncoder(
+        title="Qwen3-VL",
+        package=qwen3_vl,
+        model=Qwen3VLVisionModel,
+        config=Qwen3VLVisionConfig,
+        settings=Qwen3VLImageSettings,
+        configs={
+            "8b": Qwen3VLVisionConfig.qwen3_vl_8b,
+            "2b": Qwen3VLVisionConfig.qwen3_vl_2b,
+            "4b": Qwen3VLVisionConfig.qwen3_vl_4b,
+            "30b-a3b": Qwen3VLVisionConfig.qwen3_vl_30b_a3b,
+            "32b": Qwen3VLVisionConfig.qwen3_vl_32b,
+            "3.5-0.8b": Qwen3VLVisionConfig.qwen3_5_0_8b,
+            "3.5-27b": Qwen3VLVisionConfig.qwen3_5_27b,
+            "3.5-35b-a3b": Qwen3VLVisionConfig.qwen3_5_35b_a3b,
+            "3.5-397b-a17b": Qwen3VLVisionConfig.qwen3_5_397b_a17b,
+            "tiny": Qwen3VLVisionConfig.tiny,
+        },
+        features=lambda config: config.feature_width,
+        peer=transformers_qwen3_vl,
+        peer_features=side_by_side,
+        kept=("deepstack_visual_indexes",),
     ),
 }
 
