@@ -4,17 +4,20 @@ Both are compared with an fp64 run of those weights, as in `test_parity.py`.
 """
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from vit_encoder import CompilationConfig, Qwen3VLVisionConfig, Qwen3VLVisionModel, whole_graph
 from vit_encoder.checkpoints import to_hf_tensors
-from vit_encoder.qwen3_vl import VisionMetadata, reference_forward
+from vit_encoder.qwen3_vl import VisionMetadata, reference_forward, vision_metadata
 from vit_encoder.qwen3_vl.checkpoint import PREFIXES, vision_tensors
 from vit_kernels import force_impl
 from vit_kernels.testing import assert_close_to_reference, corrected_interpreter
@@ -154,6 +157,32 @@ def test_on_the_kernels_the_encoder_is_as_exact_as_on_pytorch(dtype: torch.dtype
     assert counts.dot_flops > 0
     expected = reference_forward(model, pixel_values, grid_thw)
     assert_close_to_reference(features, expected, model(pixel_values, grid_thw))
+
+
+class Memory(TorchDispatchMode):
+    """The most bytes that results of operators took at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[weakref.ref[Tensor]] = []
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.made.append(weakref.ref(out))
+        storages = [x.untyped_storage() for made in self.made if (x := made()) is not None]
+        self.most = max(self.most, sum({x.data_ptr(): x.nbytes() for x in storages}.values()))
+        return out
+
+
+def test_the_four_taps_of_all_patches_are_never_held_at_once() -> None:
+    model, grid_thw = encoder(CONFIG), torch.tensor([[1, 40, 40]])
+    metadata = vision_metadata(grid_thw, CONFIG)
+    with torch.no_grad(), Memory() as memory:
+        positions = model.encoder._positions(metadata.position_taps, metadata.position_weights)
+    # What was summed, a tap, and that times its weights, beside the metadata, of which all are views.
+    held = metadata.position_taps.nbytes + metadata.position_weights.nbytes
+    assert positions.nbytes < memory.most <= 3 * positions.nbytes + held
 
 
 def without_a_boundary(metadata: VisionMetadata) -> VisionMetadata:

@@ -100,19 +100,14 @@ class EncoderLayer(nn.Module):
 
 
 class DeepstackMerger(PatchMerger):
-    """Hidden states of a layer to features: as the merger at the end, its norm over the patches of a unit together.
-
-    Args:
-        index: which of them it is.
-    """
+    """Hidden states of a layer to features: as the merger at the end, its norm over the patches of a unit together."""
 
     # Noted before each compilation, by `prepare_layers`.
     plain_parts = False
     aliased_parts = False
 
-    def __init__(self, config: Qwen3VLVisionConfig, index: int) -> None:
+    def __init__(self, config: Qwen3VLVisionConfig) -> None:
         super().__init__(config.hidden_size, config.merge_unit, config.out_hidden_size)
-        self.index = index
         self.norm = LayerNorm(config.hidden_size * config.merge_unit)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,7 +144,7 @@ class Qwen3VLVisionEncoder(nn.Module):
         self.position_embedding = nn.Parameter(torch.zeros(config.num_position_embeddings, config.hidden_size))
         self.norm_in = LayerNorm(config.hidden_size)
         self.layers = nn.ModuleList(EncoderLayer(config, i) for i in range(config.depth))
-        self.deepstack = nn.ModuleList(DeepstackMerger(config, i) for i in range(len(config.deepstack_layers)))
+        self.deepstack = nn.ModuleList(DeepstackMerger(config) for _ in config.deepstack_layers)
         self.merger = PatchMerger(config.hidden_size, config.merge_unit, config.out_hidden_size)
 
     def forward(
@@ -200,11 +195,12 @@ class Qwen3VLVisionEncoder(nn.Module):
 
         One tap after the other: eager, all four rows of every patch would be gigabytes for a large image.
         """
-        parts = [
-            self.position_embedding.index_select(0, tap) * weight[:, None]
-            for tap, weight in zip(taps.flatten(0, 1).unbind(1), weights.flatten(0, 1).unbind(1), strict=True)
-        ]
-        return parts[0] + parts[1] + parts[2] + parts[3]
+        taps, weights = taps.flatten(0, 1), weights.flatten(0, 1)  # [patches, 4] each
+
+        def part(tap: int) -> Tensor:
+            return self.position_embedding.index_select(0, taps[:, tap]) * weights[:, tap, None]  # [patches, hidden]
+
+        return part(0) + part(1) + part(2) + part(3)
 
     def _check_parts(self) -> None:
         check_order(self.layers, self.config.depth)
