@@ -156,7 +156,9 @@ class Report:
     def _variables(self, case: Case) -> dict[str, str]:
         paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "encoder"), os.environ.get("PYTHONPATH", "")]
         tuned = case.tuned or case.function.startswith("tuning")
-        return {
+        # Inductor's own processes take longer to start than a graph of one op to compile.
+        alone = {"TORCHINDUCTOR_COMPILE_THREADS": "1"} if case.function.startswith(("operators", "cuda_tests")) else {}
+        return alone | {
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "PYTHONUNBUFFERED": "1",
             "PYTHONFAULTHANDLER": "1",

@@ -147,7 +147,8 @@ def qwen2_5_vl_transformers(records: Records) -> None:
 
 
 def import_transformers() -> None:
-    """What takes seconds: before the case's turn. Where it fails, the case says so itself."""
+    """As `import_compiler`, which it calls."""
+    machine.import_compiler()
     allow_torchvision_beside_cpu_torch()
     with contextlib.suppress(Exception):
         for name in ("llama4", "qwen2_5_vl"):

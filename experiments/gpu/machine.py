@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -43,6 +44,13 @@ def device() -> torch.device:
 def dtype() -> torch.dtype:
     """Of inputs and weights."""
     return torch.float32 if rehearsing() else torch.bfloat16
+
+
+def import_compiler() -> None:
+    """What takes seconds: before a case's turn. Where it fails, the case says so itself."""
+    with contextlib.suppress(Exception):
+        for name in ("torch._dynamo", "torch._inductor.compile_fx"):
+            importlib.import_module(name)
 
 
 def describe(records: Records) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 MACHINE = "machine"
 PREDICTIONS = "predictions"
+COMPILER = "machine:import_compiler"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def _attention(head_dim: int, **more: Any) -> Case:
 
 def _transformers(encoder: str) -> Case:
     function, before = f"encoders:{encoder}_transformers", "encoders:import_transformers"
-    return Case(f"{encoder}-transformers", function, seconds=100, least=30, before=before)
+    return Case(f"{encoder}-transformers", function, seconds=80, least=30, before=before)
 
 
 _OPS = (
@@ -73,8 +74,8 @@ STAGES = (
         "encoders",
         "eager, compiled, replayed as CUDA graphs, and transformers compiled",
         (
-            Case("llama4", "encoders:llama4", seconds=120, least=40),
-            Case("qwen2_5_vl", "encoders:qwen2_5_vl", seconds=120, least=40),
+            Case("llama4", "encoders:llama4", seconds=120, least=40, before=COMPILER),
+            Case("qwen2_5_vl", "encoders:qwen2_5_vl", seconds=120, least=40, before=COMPILER),
             _transformers("llama4"),
             _transformers("qwen2_5_vl"),
         ),
@@ -82,7 +83,7 @@ STAGES = (
     Stage(
         "ops",
         "the other ops, and every backward",
-        tuple(Case(name, "operators:operator", (name,), seconds=45) for name in _OPS),
+        tuple(Case(name, "operators:operator", (name,), seconds=45, before=COMPILER) for name in _OPS),
     ),
     Stage(
         "tuning",

@@ -28,6 +28,7 @@ from vit_encoder.llama4.config import Llama4VisionConfig, text_hidden_size
 from vit_encoder.llama4.model import Llama4MultiModalProjector, Llama4VisionModel
 
 from experiments.common.peers import allow_torchvision_beside_cpu_torch
+from tests.gpu import DEVICE
 
 CONFIG = Llama4VisionConfig(
     hidden_size=32,
@@ -224,8 +225,8 @@ def test_result_lies_on_the_device_asked_for(tmp_path: Path) -> None:
 @pytest.mark.cuda
 def test_reads_to_a_gpu(tmp_path: Path) -> None:
     save_shards(tmp_path, HF_TENSORS)
-    result = read_tensors(tmp_path, WANTED, dtype=torch.bfloat16, device="cuda")
-    assert_same(result, {name: tensor.bfloat16().cuda() for name, tensor in TENSORS.items()})
+    result = read_tensors(tmp_path, WANTED, dtype=torch.bfloat16, device=DEVICE)
+    assert_same(result, {name: tensor.bfloat16().to(DEVICE) for name, tensor in TENSORS.items()})
 
 
 def test_prints_nothing_where_there_is_no_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
