@@ -119,7 +119,8 @@ def transformers_qwen3_vl(model: Qwen3VLVisionModel) -> nn.Module | None:
     with torch.device("meta"):
         peer = modeling_qwen3_vl.Qwen3VLVisionModel(config)
     # The rotary frequencies are no parameter.
-    peer.rotary_pos_emb = modeling_qwen3_vl.Qwen3VLVisionRotaryEmbedding(config)
+    rotary = modeling_qwen3_vl.Qwen3VLVisionRotaryEmbedding(config)
+    peer.rotary_pos_emb = rotary.to(next(model.parameters()).device)
     tensors = to_hf_tensors(dict(model.named_parameters()), vision_tensors(model.config))
     peer.load_state_dict({name.removeprefix(PREFIXES[0]): part for name, part in tensors.items()}, assign=True)
     return peer.eval()
