@@ -279,6 +279,7 @@ _ROWS: tuple[tuple[str, str, str, Function], ...] = (
     ("cvt.f64.f32", "f64", "t", _to("f64")),
     ("cvt.rn{,.ftz}.f32.f64", "f32", "t", _to("f32")),
     (f"cvt.rn.f32.{_INTEGERS}", "f32", "t", _to("f32")),
+    (f"cvt.rn.{{f16,bf16}}.{_INTEGERS}", "result", "t", _to("f64")),
     *(
         (f"cvt.{rounding}{{,.ftz}}.{kind}.f32", kind, "t", _to_integer(kind, function))
         for rounding, function in _ROUNDINGS.items()

@@ -92,7 +92,7 @@ class Program:
                     if at is None:
                         break
                 if at >= len(steps) or not left:
-                    raise PtxError(f"{self.module.name}: a block {'does not end' if left else 'ran past its end'}")
+                    raise PtxError(f"{self.module.name}: a block {'ran past its end' if left else 'does not end'}")
                 left -= 1
                 executed[at] += machine.running_warps()
                 follows = steps[at]()
