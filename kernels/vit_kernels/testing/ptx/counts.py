@@ -1,5 +1,6 @@
 """32-byte sectors of global memory and wavefronts of shared memory that the requests of warps take."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,14 @@ class SectorCounts:
         self.sectors += sectors
         self.bytes += bytes_
 
+    @classmethod
+    def total(cls, counts: Iterable["SectorCounts"]) -> "SectorCounts":
+        """The sum of several."""
+        out = cls()
+        for each in counts:
+            out.add(each.requests, each.sectors, each.bytes)
+        return out
+
     @property
     def ratio(self) -> float:
         """Bytes of the touched sectors over the bytes that are used: 1 where whole sectors are."""
@@ -54,6 +63,14 @@ class WavefrontCounts:
         """Add those of some requests."""
         self.requests += requests
         self.wavefronts += wavefronts
+
+    @classmethod
+    def total(cls, counts: Iterable["WavefrontCounts"]) -> "WavefrontCounts":
+        """The sum of several."""
+        out = cls()
+        for each in counts:
+            out.add(each.requests, each.wavefronts)
+        return out
 
 
 def sectors_of(addresses: Ints, warps: Ints, size: int) -> tuple[int, int, int]:

@@ -197,7 +197,7 @@ class GlobalMemory:
     def _two_writes(self, twice: Lanes, same: Lanes, instruction: Instruction, report: "Report") -> None:
         if not same.reshape(*twice.shape, -1)[twice].all():
             report.add(Hazard.GLOBAL_TWO_THREADS_WRITE, instruction)
-        report.duplicates[instruction.where, instruction.opcode] += 1
+        report.launches[-1].duplicates[instruction.where, instruction.opcode] += 1
 
 
 def _split(code: Ints) -> tuple[Ints, Ints, Ints]:

@@ -261,7 +261,7 @@ def _write_shared(machine: Machine, addresses: Lanes, values: Lanes, threads: La
 
 def _count_sectors(machine: Machine, addresses: Lanes, size: int, threads: Lanes, instruction: Instruction) -> None:
     counted = sectors_of(addresses.astype(np.int64), threads // 32, size)
-    machine.report.sectors[instruction.where, instruction.opcode].add(*counted)
+    machine.report.launches[-1].sectors[instruction.where, instruction.opcode].add(*counted)
 
 
 def _count_wavefronts(machine: Machine, addresses: Lanes, size: int, threads: Lanes, instruction: Instruction) -> None:
@@ -270,7 +270,7 @@ def _count_wavefronts(machine: Machine, addresses: Lanes, size: int, threads: La
     counted = machine.wavefronts_seen.get(key)
     if counted is None:
         counted = machine.wavefronts_seen[key] = wavefronts_of(addresses.astype(np.int64), threads, size)
-    machine.report.wavefronts[instruction.where, instruction.opcode].add(*counted)
+    machine.report.launches[-1].wavefronts[instruction.where, instruction.opcode].add(*counted)
 
 
 DECODERS = {"ld": load, "st": store, "cp": copy, "ldmatrix": load_matrix, "stmatrix": store_matrix}

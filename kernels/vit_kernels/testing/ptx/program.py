@@ -66,18 +66,20 @@ class Program:
         """
         names = [name for name, _ in self.module.parameters]
         parameters = dict(zip(names, arguments, strict=True))
-        reached = np.zeros(len(self._steps), np.int64)
+        executed = np.zeros(len(self._steps), np.int64)
+        launch = Launch(self.module.name, grid, len(self._steps))
+        report.launches.append(launch)
         for z in range(grid[2]):
             for y in range(grid[1]):
                 for x in range(grid[0]):
                     self._machine.start((x, y, z), grid, parameters, memory, report)
                     memory.start(self._machine.block)
-                    reached += self._run()
-        for instruction, times in zip(self.module.instructions, reached.tolist(), strict=True):
+                    executed += self._run()
+        launch.reached = int((executed > 0).sum())
+        for instruction, times in zip(self.module.instructions, executed.tolist(), strict=True):
             if times:
-                report.opcodes[instruction.opcode] += times
-                report.lines[instruction.where] += times
-        report.launches.append(Launch(self.module.name, grid, int((reached > 0).sum()), len(reached)))
+                launch.opcodes[instruction.opcode] += times
+                launch.lines[instruction.where] += times
 
     def _run(self) -> list[int]:
         """Run the block that was started; how often warps executed each instruction."""

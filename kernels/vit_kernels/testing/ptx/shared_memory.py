@@ -150,7 +150,7 @@ class SharedMemory:
         """Granules [accesses, granules] that two threads wrote, and which bytes [accesses, size] stayed the same."""
         if same is None or not same.reshape(*twice.shape, -1)[twice].all():
             report.add(Hazard.SHARED_TWO_THREADS_WRITE, instruction)
-        report.duplicates[instruction.where, instruction.opcode] += 1
+        report.launches[-1].duplicates[instruction.where, instruction.opcode] += 1
 
     def write(
         self, rows: Ints, size: int, threads: Ints, values: Lanes, instruction: Instruction, report: "Report"
