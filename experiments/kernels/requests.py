@@ -237,18 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
 def print_table(console: Console, rows: list[dict[str, Any]]) -> None:
     """Print the rows, and what the columns mean."""
     table = Table()
-    columns = (
-        "op",
-        "kernel",
-        "layout",
-        "dtype",
-        "head_dim",
-        "target",
-        "sectors",
-        "wavefronts",
-        "instructions",
-        "copies",
-    )
+    columns = ["op", "layout", "dtype", "head_dim", "target", *(field.name for field in dataclasses.fields(Figures))]
     for column in columns:
         table.add_column(column)
     for row in rows:

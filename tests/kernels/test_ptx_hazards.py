@@ -373,8 +373,25 @@ RACES = (
         {PRODUCT}
         wgmma.commit_group.sync.aligned;
         + wgmma.wait_group.sync.aligned 0;
+        + bar.sync 0;
         st.shared.b32 [%r3], %r0;
         - wgmma.wait_group.sync.aligned 0;
+        """,
+        GROUP_OF_WARPS,
+    ),
+    Race(
+        "write of what the wgmma of other warps may still read",
+        Hazard.SHARED_WRITE_AFTER_READ,
+        f"""
+        {ZEROS}
+        fence.proxy.async.shared::cta;
+        bar.sync 0;
+        wgmma.fence.sync.aligned;
+        {PRODUCT}
+        wgmma.commit_group.sync.aligned;
+        wgmma.wait_group.sync.aligned 0;
+        + bar.sync 0;
+        st.shared.b32 [%r3], %r0;
         """,
         GROUP_OF_WARPS,
     ),

@@ -1,16 +1,19 @@
 """Compiled kernels with one barrier, wait or fence fewer, and whether executing them tells.
 
-A site is a line of the PTX; as PTX changes with every compiler, it is named by its kind, the line of the source that
-it came from and which of those it is.
+A site is a line of the PTX; as PTX changes with every compiler, it is named by its kind, the text of the source's line
+that it came from, and which of those it is.
 """
 
 import collections
 import functools
 import itertools
+import linecache
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from vit_kernels._triton import (
     layer_norm_pixel_shuffle,
@@ -34,6 +37,9 @@ DELETED = (
 )
 
 
+SOURCES = tuple(Path(str(module.__file__)).parent for module in (varlen_attention, triton.language))
+
+
 class Site(NamedTuple):
     """An instruction of a kernel's PTX: its kind, source line, which of those it is, and the line of the text."""
 
@@ -44,7 +50,11 @@ class Site(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.kind} at {self.where} #{self.number}"
+        """As surviving_mutants.toml has it."""
+        file, _, row = self.where.partition(":")
+        folder = next((folder for folder in SOURCES if (folder / file).exists()), None)
+        text = linecache.getline(str(folder / file), int(row)).strip() if folder else ""
+        return f"{self.kind} of {file}: {text} (number {self.number})"
 
 
 def sites_of(ptx: str) -> list[Site]:
@@ -66,27 +76,31 @@ def mutated(ptx: str, site: Site) -> str:
     return "\n".join(lines)
 
 
-# So many sequences that the search takes two steps; then one of more blocks of keys than a pipeline holds.
-LENGTHS = (*[0] * 127, 200, 17)
+# So many sequences that the search takes two steps; more blocks of keys than a pipeline holds and a rest, a few rows
+# alone, a block of keys without a rest, queries without a key and keys without a query.
+LENGTHS = (*[0] * 127, 200, 17, 64, 40, 0)
+LENGTHS_K = (*[0] * 127, 200, 17, 64, 0, 40)
+TOKENS = sum(LENGTHS)
 
 
-def _boundaries() -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
+def _inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, cu_seqlens, cu_seqlens_k."""
+    q, k, v = seeded_tensor((TOKENS, 3, 1, 88), dtype, 0).unbind(1)
+    starts = (torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) for lengths in (LENGTHS, LENGTHS_K))
+    return q, k, v, *starts  # type: ignore[return-value]
 
 
 def _attention(dtype: torch.dtype) -> list[Tensor]:
-    q, k, v = seeded_tensor((217, 3, 1, 88), dtype, 0).unbind(1)
-    cu_seqlens = _boundaries()
-    return [varlen_attention.launch(q, k, v, cu_seqlens, cu_seqlens, 0.1)]
+    return [varlen_attention.launch(*_inputs(dtype), 0.1)]
 
 
 def _gradients(dtype: torch.dtype) -> list[Tensor]:
-    q, k, v = seeded_tensor((217, 3, 1, 88), dtype, 0).unbind(1)
-    cu_seqlens = _boundaries()
-    grad, out = (seeded_tensor((217, 1, 88), dtype, seed) for seed in (1, 2))
+    q, k, v, cu_seqlens, cu_seqlens_k = _inputs(dtype)
+    grad, out = (seeded_tensor((TOKENS, 1, 88), dtype, seed) for seed in (1, 2))
     # Large enough that every log-sum-exp is computed again.
-    lse = torch.full((1, 217), 5000.0)
-    return list(varlen_attention_backward.launch(grad, None, q, k, v, out, lse, cu_seqlens, cu_seqlens, 0.1))
+    lse = torch.full((1, TOKENS), 5000.0)
+    grads = varlen_attention_backward.launch(grad, None, q, k, v, out, lse, cu_seqlens, cu_seqlens_k, 0.1)
+    return list(grads)
 
 
 def _product(dtype: torch.dtype) -> list[Tensor]:

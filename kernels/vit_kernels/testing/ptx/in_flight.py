@@ -20,11 +20,11 @@ class Copy(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A wgmma: the registers that it reads and writes, and the chunks of shared memory that it reads."""
+    """A wgmma: the registers that it reads and writes, and (first warp of four, chunks of shared memory they read)."""
 
     instruction: Instruction
     registers: frozenset[str]
-    chunks: list[Lanes]
+    chunks: list[tuple[int, Lanes]]
 
 
 class CopyQueue:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 SHARED_BASE = 1024
 """Where `global_smem` lies in the shared window: matrix descriptors swizzle bits of the address, up to the tenth."""
 
-_WIDEST = 16
+CHUNK = 16
+"""Bytes: the widest access, and what of a matrix lies together whatever its swizzle."""
+
 _THREAD_BITS = 16
 
 Ints = NDArray[np.int64]
@@ -40,7 +42,7 @@ class SharedMemory:
         """`size` bytes for blocks of `threads` threads; `granule` is a power of two of at most 16 bytes."""
         self.size, self.granule, self.threads = size, granule, threads
         self.warps = max(1, threads // 32)
-        padded = -(-size // _WIDEST) * _WIDEST
+        padded = -(-size // CHUNK) * CHUNK
         granules = padded // granule
         self.data = np.zeros(padded, np.uint8)
         self.last_write = np.zeros(granules, np.int64)  # time << _THREAD_BITS | thread; 0: never
@@ -105,6 +107,12 @@ class SharedMemory:
         per_warp[threads // 32, rows] = True
         self.read_since_barrier = True
         return self.data.reshape(-1, size)[rows]
+
+    def matrix_read(self, chunks: Ints, first_warp: int) -> None:
+        """A wgmma of four warps that read these chunks is finished, as they know; another warp knows at a barrier."""
+        np.subtract.at(self.of(self.matrix_reads, CHUNK), chunks, 1)
+        self.read_by.reshape(self.warps, -1, CHUNK // self.granule)[first_warp : first_warp + 4, chunks] = True
+        self.read_since_barrier = True
 
     def _check_fresh(self, written: Ints, threads: Ints, instruction: Instruction, report: "Report") -> None:
         """Reads of what was written since the last barriers."""

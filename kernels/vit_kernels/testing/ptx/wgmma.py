@@ -13,15 +13,13 @@ from numpy.typing import NDArray
 from vit_kernels.testing.ptx.findings import Hazard, UnknownInstruction
 from vit_kernels.testing.ptx.formats import Lanes
 from vit_kernels.testing.ptx.in_flight import Product
-from vit_kernels.testing.ptx.machine import Machine, Read, Step, integer
+from vit_kernels.testing.ptx.machine import WARP, Machine, Read, Step, integer
 from vit_kernels.testing.ptx.mma import ELEMENTS, Element, add_products, decode_words, matrix_a, shape_of
 from vit_kernels.testing.ptx.parsing import Instruction, vector
+from vit_kernels.testing.ptx.shared_memory import CHUNK
 
 GROUP = 128
 """Threads of four warps."""
-
-_CHUNK = 16
-"""Bytes of a matrix in shared memory that lie together whatever its swizzle."""
 
 _SPANS = {1: 128, 2: 64, 3: 32}
 """Of a descriptor's swizzle modes: bytes of a row whose chunks are permuted. Mode 0, without one, is not known."""
@@ -79,10 +77,9 @@ def _commit(machine: Machine, instruction: Instruction) -> Step:
 def _wait(machine: Machine, instruction: Instruction, pending: int) -> Step:
     def step() -> None:
         machine.require_whole(instruction, block=True)
-        reads = machine.shared.of(machine.shared.matrix_reads, _CHUNK)
         for product in machine.products.finished(pending):
-            for chunks in product.chunks:
-                np.subtract.at(reads, chunks, 1)
+            for first_warp, chunks in product.chunks:
+                machine.shared.matrix_read(chunks, first_warp)
 
     return step
 
@@ -106,7 +103,7 @@ def _multiply(machine: Machine, instruction: Instruction, shape: str, element: E
     named = frozenset(accumulators) | frozenset(vector(a) if a_in_registers else ())
     matrix = _SharedMatrix(machine, instruction, element, k)
 
-    def product(first: int, chunks: list[Lanes], in_registers: Lanes | None) -> Lanes:
+    def product(first: int, chunks: list[tuple[int, Lanes]], in_registers: Lanes | None) -> Lanes:
         """[64, n] of the group whose first thread is given; the chunks that it reads are added to those given."""
         if descriptor_a is None:
             of_a = in_registers[first // 32 : first // 32 + 4].reshape(m, k)  # type: ignore[index]
@@ -120,7 +117,7 @@ def _multiply(machine: Machine, instruction: Instruction, shape: str, element: E
         queue = machine.products
         if not queue.accessed.isdisjoint(named):
             machine.report.add(Hazard.WGMMA_WITHOUT_FENCE, instruction)
-        chunks: list[Lanes] = []
+        chunks: list[tuple[int, Lanes]] = []
         in_registers = matrix_a(registers_a, element) if a_in_registers else None
         products = np.stack([product(first, chunks, in_registers) for first in range(0, machine.threads, GROUP)])
         # [group, row (warp, half, g), column (j, t, bit)] -> [register (j, half, bit), thread (group, warp, g, t)]
@@ -141,7 +138,7 @@ class _SharedMatrix(NamedTuple):
     element: Element
     k: int
 
-    def load(self, descriptor: Read, first: int, rows: int, transposed: bool, read: list[Lanes]) -> Lanes:
+    def load(self, descriptor: Read, first: int, rows: int, transposed: bool, read: list[tuple[int, Lanes]]) -> Lanes:
         """float64 [rows, k] of the group that begins at thread `first`; the chunks are added to those read."""
         values = descriptor()[first : first + GROUP]
         if (values != values[0]).any():
@@ -150,22 +147,22 @@ class _SharedMatrix(NamedTuple):
         if addresses is None:
             raise UnknownInstruction(self.instruction, "a descriptor without a swizzle")
         shared, report = self.machine.shared, self.machine.report
-        chunks = shared.rows(addresses.ravel(), _CHUNK, self.instruction, report)
+        chunks = shared.rows(addresses.ravel(), CHUNK, self.instruction, report)
         self._check(chunks)
-        np.add.at(shared.of(shared.matrix_reads, _CHUNK), chunks, 1)
-        read.append(chunks)
-        words = shared.data.reshape(-1, _CHUNK)[chunks].view(np.uint32).reshape(*addresses.shape, 4)
+        np.add.at(shared.of(shared.matrix_reads, CHUNK), chunks, 1)
+        read.append((first // WARP, chunks))
+        words = shared.data.reshape(-1, CHUNK)[chunks].view(np.uint32).reshape(*addresses.shape, 4)
         elements = decode_words(words, self.element).reshape(len(addresses), -1)
         return elements.T if transposed else elements
 
     def _check(self, chunks: Lanes) -> None:
         shared, report, instruction = self.machine.shared, self.machine.report, self.instruction
-        if shared.in_flight and shared.of(shared.arriving, _CHUNK)[chunks].any():
+        if shared.in_flight and shared.of(shared.arriving, CHUNK)[chunks].any():
             report.add(Hazard.COPY_READ_IN_FLIGHT, instruction)
-        written = shared.of(shared.last_write, _CHUNK)[chunks]
+        written = shared.of(shared.last_write, CHUNK)[chunks]
         if written.min() == 0:
             report.add(Hazard.SHARED_UNINITIALISED, instruction)
-        if shared.of(shared.unfenced, _CHUNK)[chunks].any():
+        if shared.of(shared.unfenced, CHUNK)[chunks].any():
             report.add(Hazard.WGMMA_UNFENCED_WRITE, instruction)
         if shared.since_barrier(written).any():
             report.add(Hazard.SHARED_READ_WITHOUT_BARRIER, instruction)
@@ -188,9 +185,9 @@ def chunk_addresses(descriptor: int, rows: int, row_bytes: int, transposed: bool
         return None
     outer, inner_bytes = (row_bytes // 2, rows * 2) if transposed else (rows, row_bytes)
     outside = np.arange(outer, dtype=np.int64)[:, None]
-    inside = np.arange(0, inner_bytes, _CHUNK, dtype=np.int64)
+    inside = np.arange(0, inner_bytes, CHUNK, dtype=np.int64)
     linear = start + outside % 8 * span + outside // 8 * stride + inside % span + inside // span * leading
-    return linear ^ ((linear >> 7 & span // _CHUNK - 1) << 4)
+    return linear ^ ((linear >> 7 & span // CHUNK - 1) << 4)
 
 
 DECODERS = {"wgmma": decode}
