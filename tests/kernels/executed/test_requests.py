@@ -14,6 +14,7 @@ from vit_kernels.testing import seeded_tensor
 from vit_kernels.testing.ptx import executed_ptx
 
 from experiments.kernels import requests
+from experiments.kernels.registry import HEAD_DIMS
 
 TARGETS = ("sm_80", "sm_90")
 
@@ -47,6 +48,40 @@ def test_attention_reads_keys_and_values_once_a_block(target: str) -> None:
     copied = sum(counts.bytes for (_, opcode), counts in report.sectors.items() if opcode.startswith("cp.async"))
     # Two blocks of 64 queries, each of which reads all keys and values.
     assert copied == 2 * 2 * 128 * 64 * 2
+
+
+def bound(case: requests.Case) -> float:
+    """On the sectors that a kernel touches over those that it needs."""
+    # Of one head, the tables in float32 are half of what is read: 16 bytes of each 32, and the others right after.
+    one_head = case.layout is not None and case.layout.heads == 1
+    return 1.5 if case.op == "rotary_2d halves" and one_head and case.head_dim in (80, 96, 128) else 1.3
+
+
+def assert_few_requests(case: requests.Case) -> None:
+    for row in requests.measure(case):
+        # It reads a number a row, and next to nothing else, where no log-sum-exp is large.
+        if row.kernel == "exact_lse":
+            continue
+        assert row.sectors <= bound(case), row
+        assert row.wavefronts in (None, 1.0), row
+        assert row.copies or not ("attention" in case.op or case.op == "linear_gelu"), row
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("layout", requests.LAYOUTS[:2], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("op", ["varlen_attention", "rotary_2d halves"])
+def test_requests_at_head_dim_88(op: str, layout: requests.Layout, target: str) -> None:
+    assert_few_requests(requests.Case(op, layout, "bfloat16", 88, target))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("op", requests.OPS)
+def test_requests_of_every_op(op: str, head_dim: int, dtype: str, target: str) -> None:
+    for case in requests.cases([op], [dtype], [head_dim], [target]):
+        assert_few_requests(case)
 
 
 def test_the_command_writes_what_it_counted(tmp_path: Path) -> None:
