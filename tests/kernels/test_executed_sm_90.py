@@ -9,3 +9,8 @@ pytestmark = pytest.mark.costly
 
 def test_executed_on_sm_90() -> None:
     assert_tests_pass("-k", "sm_90")
+
+
+@pytest.mark.thorough
+def test_every_mutant_and_layout_on_sm_90() -> None:
+    assert_tests_pass("-k", "sm_90", "-m", "thorough")
