@@ -25,6 +25,7 @@ COMMANDS = (
     Command("python -m experiments.kernels", "what did the compiler make of each kernel, for five GPUs?", "20 min"),
     Command("python -m experiments.kernels.diff", "what differs between two of its reports?", "seconds"),
     Command("python -m experiments.kernels.attention_flops", "which FLOPs does attention waste, and peers'?", "1 min"),
+    Command("python -m experiments.kernels.requests", "what does compiled code ask of memory, executed?", "10 min"),
     Command("python -m experiments.kernels.tune", "which configuration of attention is fastest?", "needs a GPU"),
     Command("pytest experiments/kernels/microbenchmarks", "how fast is each op, beside eager and peers?", "1 min"),
     Command("python -m experiments.launches", "what does a layer of Llama 4 cost on a GPU?", "3 min"),

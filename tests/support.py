@@ -10,18 +10,24 @@ from hypothesis import strategies as st
 from triton.runtime.interpreter import GridExecutor
 from vit_kernels import force_impl
 from vit_kernels.testing import corrected_interpreter, nan_filled_empty
+from vit_kernels.testing.ptx import executed_ptx
 from vit_kernels.testing.strategies import dtypes
 
 IMPLEMENTATIONS = ("eager", "triton")
 COMPILED_FORMS = ("compiled eager", "compiled triton")
 FORMS = (*IMPLEMENTATIONS, *COMPILED_FORMS)
+EXECUTED_FORMS = ("executed sm_80", "executed sm_90")
+"""The kernel's compiled code, in a process that compiles kernels: the tests in kernels/executed."""
 
 
 def run(form: str, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call an op in one of FORMS, with NaN in what it allocates.
+    """Call an op in one of FORMS or EXECUTED_FORMS, with NaN in what it allocates.
 
     A compiled form is traced anew, as one graph of these very sizes.
     """
+    if form in EXECUTED_FORMS:
+        with executed_ptx(form.split()[-1]), force_impl("triton"):
+            return op(*args, **kwargs)
     with corrected_interpreter(), force_impl(form.split()[-1]), nan_filled_empty():
         if form.startswith("compiled"):
             torch.compiler.reset()

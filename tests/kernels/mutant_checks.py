@@ -397,6 +397,13 @@ def factors_strides() -> None:
     assert strides.token_stride(x) == (1, 48)
     assert strides.token_stride(x[:, :1]) == (6, 8)
 
+    def granule(*apart: int) -> Any:
+        return strides.token_granule(*(x.as_strided((2, 1, 24), (stride, 24, 1)) for stride in apart))
+
+    assert [granule(264), granule(352), granule(352, 88), granule(20)] == [8, 1, 8, 4]
+    # The product of 32 bits would overflow.
+    assert granule(2**31 + 8) == granule(2**31, 8) == 1
+
 
 def attends() -> None:
     launch = triton_module("varlen_attention").launch

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vit_kernels._triton.strides import head_stride
+from vit_kernels._triton.strides import head_stride, token_granule
 
 
 @triton.jit
@@ -44,7 +44,8 @@ def _rotate_heads(
             out = tl.reshape(rotated, (x.shape[0], BLOCK_H, 2 * BLOCK_HALF))  # as x
             tl.store(target + d, out.to(out_ptr.dtype.element_ty), mask=mask)
         else:
-            d = tl.arange(0, BLOCK_HALF)[None, None, :]  # [1, 1, BLOCK_HALF]
+            # Half a head of 88 is 88 bytes, 8 at a time: a lane that held 16 would read every other 8 of a row.
+            d = tl.max_contiguous(tl.arange(0, BLOCK_HALF), HALF & -HALF)[None, None, :]  # [1, 1, BLOCK_HALF]
             mask &= d < HALF
             a = tl.load(source + d, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_H, BLOCK_HALF]
             b = tl.load(source + HALF + d, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_H, BLOCK_HALF]
@@ -73,6 +74,7 @@ def rotary_2d_kernel(
     times_kh,
     times_q_out_h,
     times_k_out_h,
+    GRANULE: tl.constexpr,
     STRIDE_QH: tl.constexpr,
     STRIDE_KH: tl.constexpr,
     STRIDE_Q_OUT_H: tl.constexpr,
@@ -89,8 +91,12 @@ def rotary_2d_kernel(
 ):
     """One program rotates all heads of BLOCK_T tokens with one read of the tables; the outputs may be the inputs.
 
-    Strides of heads are products, see `strides.py`.
+    Strides of heads are products, those of tokens are given divided by GRANULE, see `strides.py`.
     """
+    stride_q *= GRANULE
+    stride_k *= GRANULE
+    stride_q_out *= GRANULE
+    stride_k_out *= GRANULE
     HALF: tl.constexpr = HEAD_DIM // 2
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
     j = tl.arange(0, BLOCK_HALF)[None, None, :]  # [1, 1, BLOCK_HALF]
@@ -140,6 +146,7 @@ def _launch(
     block_q_heads, block_k_heads = (min(16, triton.next_power_of_2(max(heads, 1))) for heads in (q_heads, k_heads))
     # One token of 16 heads of 88 is 16 bytes a lane and load for four warps, and the tables stay in registers.
     block_tokens = min(16, triton.cdiv(2048, max(block_q_heads, block_k_heads) * 2 * block_half))
+    granule = token_granule(q, k, q_out, k_out)
     strides = head_stride(q), head_stride(k), head_stride(q_out), head_stride(k_out)
     names = ("STRIDE_QH", "STRIDE_KH", "STRIDE_Q_OUT_H", "STRIDE_K_OUT_H")
     if q.numel() + k.numel():
@@ -150,14 +157,15 @@ def _launch(
             sin,
             q_out,
             k_out,
-            q.stride(0),
-            k.stride(0),
-            q_out.stride(0),
-            k_out.stride(0),
+            q.stride(0) // granule,
+            k.stride(0) // granule,
+            q_out.stride(0) // granule,
+            k_out.stride(0) // granule,
             tokens,
             cos.shape[0],
             *(times for times, _ in strides),
             **{name: constant for name, (_, constant) in zip(names, strides, strict=True)},
+            GRANULE=granule,
             Q_HEADS=q_heads,
             K_HEADS=k_heads,
             HEAD_DIM=head_dim,

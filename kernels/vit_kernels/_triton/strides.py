@@ -24,6 +24,19 @@ def token_stride(x: torch.Tensor) -> tuple[int, int]:
     return (1, stride) if stride == x.shape[1] * x.shape[2] else _factored(stride)
 
 
+def token_granule(*tensors: torch.Tensor) -> int:
+    """What to divide x.stride(0) of tensors by, and have a kernel multiply it by again: 1 to 8 elements.
+
+    The JIT sees of a stride only whether it is a multiple of 16. An odd number of heads of 88 in a packed projection,
+    such as a rank's of many, makes rows of a multiple of 8: 16 bytes, but Triton would read 2 at a time, unless the
+    stride is a product with a constant. 1 where the JIT sees enough, or where the product could overflow.
+    """
+    strides = [x.stride(0) for x in tensors]
+    if all(stride % 16 == 0 for stride in strides) or max(strides) >= 2**31:
+        return 1
+    return math.gcd(8, *strides)
+
+
 def _factored(stride: int) -> tuple[int, int]:
     constant = math.gcd(stride, 8)
     return stride // constant, constant

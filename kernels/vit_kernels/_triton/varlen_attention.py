@@ -7,7 +7,7 @@ import triton.language as tl
 from vit_kernels._triton.configurations import Configuration, preferred
 from vit_kernels._triton.head import load_columns, load_head, store_head, zero_head
 from vit_kernels._triton.sequences import bounds, find_sequence
-from vit_kernels._triton.strides import head_stride, token_stride
+from vit_kernels._triton.strides import head_stride, token_granule, token_stride
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -156,6 +156,7 @@ def varlen_attention_kernel(
     times_vh,
     times_out,
     times_outh,
+    GRANULE: tl.constexpr,
     STRIDE_QH: tl.constexpr,
     STRIDE_KH: tl.constexpr,
     STRIDE_VH: tl.constexpr,
@@ -177,8 +178,12 @@ def varlen_attention_kernel(
     """One program: BLOCK_M queries of one head, found from cu_seqlens on the device.
 
     A last block of at most BLOCK_LAST queries, such as the lone class token of 577 = 9 * 64 + 1, is computed with
-    that many rows instead of BLOCK_M. Strides of heads and of out are products, see `strides.py`.
+    that many rows instead of BLOCK_M. Strides of heads and of out are products, those of q, k and v are given divided
+    by GRANULE, see `strides.py`.
     """
+    stride_q *= GRANULE
+    stride_k *= GRANULE
+    stride_v *= GRANULE
     # The interpreter takes what is below the normal numbers for float64.
     scale_log2 = tl.full((), scale_log2, tl.float32)
     program = tl.program_id(0)
@@ -237,6 +242,7 @@ def launch(
         configuration = preferred("varlen_attention", head_dim, q.dtype)
     if total_tokens:
         programs = triton.cdiv(total_tokens, configuration["BLOCK_M"]) + sequences
+        granule = token_granule(q, k, v)
         strides = (head_stride(q), head_stride(k), head_stride(v), token_stride(out), head_stride(out))
         names = ("STRIDE_QH", "STRIDE_KH", "STRIDE_VH", "STRIDE_OUT", "STRIDE_OUTH")
         varlen_attention_kernel[(programs, heads)](
@@ -247,15 +253,16 @@ def launch(
             lse,
             cu_seqlens,
             cu_seqlens_k,
-            q.stride(0),
-            k.stride(0),
-            v.stride(0),
+            q.stride(0) // granule,
+            k.stride(0) // granule,
+            v.stride(0) // granule,
             total_tokens,
             k.shape[0],
             sequences,
             max(scale * LOG2_E, SMALLEST_SCALE),
             *(times for times, _ in strides),
             **{name: constant for name, (_, constant) in zip(names, strides, strict=True)},
+            GRANULE=granule,
             GROUP=heads // k.shape[1],
             HEAD_DIM=head_dim,
             # One step of the search for batches of up to 127 sequences.

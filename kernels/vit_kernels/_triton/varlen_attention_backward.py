@@ -7,7 +7,7 @@ import triton.language as tl
 from vit_kernels._triton.configurations import Configuration, preferred
 from vit_kernels._triton.head import add_product, load_columns, load_head, store_head, zero_head
 from vit_kernels._triton.sequences import bounds, find_sequence
-from vit_kernels._triton.strides import head_stride
+from vit_kernels._triton.strides import head_stride, token_granule
 from vit_kernels._triton.varlen_attention import LOWEST, SMALLEST_SCALE
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -72,6 +72,7 @@ def exact_lse_kernel(
     scale_log2,
     times_qh,
     times_kh,
+    GRANULE: tl.constexpr,
     STRIDE_QH: tl.constexpr,
     STRIDE_KH: tl.constexpr,
     GROUP: tl.constexpr,
@@ -92,6 +93,8 @@ def exact_lse_kernel(
     So where it is large, the rows are computed again: the shift is their largest score and, where there are factors,
     a whole number, which leaves a factor from 0.5 to 1. Factors of None are 1. Elsewhere only lse is read.
     """
+    stride_q *= GRANULE
+    stride_k *= GRANULE
     scale_log2 = tl.full((), scale_log2, tl.float32)
     program = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -206,6 +209,7 @@ def grad_q_kernel(
     times_qh,
     times_kh,
     times_vh,
+    GRANULE: tl.constexpr,
     STRIDE_QH: tl.constexpr,
     STRIDE_KH: tl.constexpr,
     STRIDE_VH: tl.constexpr,
@@ -226,6 +230,9 @@ def grad_q_kernel(
     delta = sum(grad * out) - grad_lse is what the softmax's gradient subtracts from each row. grad, out and grad_q
     are contiguous, shift, as `exact_lse_kernel` gives it, and delta [heads, total_tokens].
     """
+    stride_q *= GRANULE
+    stride_k *= GRANULE
+    stride_v *= GRANULE
     # The interpreter takes what is below the normal numbers for float64.
     scale, scale_log2 = tl.full((), scale, tl.float32), tl.full((), scale_log2, tl.float32)
     program = tl.program_id(0)
@@ -372,6 +379,7 @@ def grad_kv_kernel(
     times_qh,
     times_kh,
     times_vh,
+    GRANULE: tl.constexpr,
     STRIDE_QH: tl.constexpr,
     STRIDE_KH: tl.constexpr,
     STRIDE_VH: tl.constexpr,
@@ -388,6 +396,9 @@ def grad_kv_kernel(
     INPUT_PRECISION: tl.constexpr,
 ):
     """One program: the gradients of BLOCK_N keys and values of one head, all its query heads added in order."""
+    stride_q *= GRANULE
+    stride_k *= GRANULE
+    stride_v *= GRANULE
     scale, scale_log2 = tl.full((), scale, tl.float32), tl.full((), scale_log2, tl.float32)
     program = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -460,6 +471,7 @@ def launch(
     if configurations is None:
         configurations = preferred("grad_q", head_dim, q.dtype), preferred("grad_kv", head_dim, q.dtype)
     for_q, for_kv = configurations
+    granule = token_granule(q, k, v)
     (times_q, of_q), (times_k, of_k), (times_v, of_v) = head_stride(q), head_stride(k), head_stride(v)
     shared = {
         "cu_seqlens_ptr": cu_seqlens,
@@ -468,8 +480,9 @@ def launch(
         "total_tokens_k": total_tokens_k,
         "sequences": sequences,
         "scale_log2": max(scale * LOG2_E.value, SMALLEST_SCALE),
-        "stride_q": q.stride(0),
-        "stride_k": k.stride(0),
+        "stride_q": q.stride(0) // granule,
+        "stride_k": k.stride(0) // granule,
+        "GRANULE": granule,
         "times_qh": times_q,
         "times_kh": times_k,
         "STRIDE_QH": of_q,
@@ -479,7 +492,7 @@ def launch(
         # As in the forward.
         "SEARCH": 128,
     }
-    of_values = {"scale": scale, "stride_v": v.stride(0), "times_vh": times_v, "STRIDE_VH": of_v}
+    of_values = {"scale": scale, "stride_v": v.stride(0) // granule, "times_vh": times_v, "STRIDE_VH": of_v}
     if total_tokens:
         programs = triton.cdiv(total_tokens, for_q["BLOCK_M"]) + sequences
         exact_lse_kernel[(programs, heads)](

@@ -1,0 +1,16 @@
+"""The compiled code of every kernel for sm_90, executed: right, within bounds, and without a race."""
+
+import pytest
+
+from tests.kernels.executed_process import assert_tests_pass
+
+pytestmark = pytest.mark.costly
+
+
+def test_executed_on_sm_90() -> None:
+    assert_tests_pass("-k", "sm_90")
+
+
+@pytest.mark.thorough
+def test_every_mutant_and_layout_on_sm_90() -> None:
+    assert_tests_pass("-k", "sm_90", "-m", "thorough")
