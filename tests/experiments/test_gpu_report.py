@@ -890,3 +890,4 @@ def test_the_script_takes_a_python_that_has_what_it_takes_and_installs_nothing(
     assert path.split(os.pathsep) == list(map(str, expected))
     assert folder == str(cwd)
     assert arguments == ["-P", "-m", "experiments.gpu", "--out", "a b"]
+    assert ("nothing is installed" in done.stderr, "the project is set up" in done.stderr) == (bare, not bare)
