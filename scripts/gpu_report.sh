@@ -23,6 +23,7 @@ python="${PYTHON:-python3}"
 if has_gpu_stack "$python"; then
   say "$python has PyTorch and Triton: nothing is installed"
 else
+  say "$python has no PyTorch for a GPU, or no Triton: the project is set up in $VENV"
   ensure_environment
   python="$VENV_PYTHON"
 fi

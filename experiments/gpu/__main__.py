@@ -1,6 +1,6 @@
 """Everything that a GPU can tell about this project: one command, no network, killed whenever it must be.
 
-Each case is a process. What it finds is one JSON line at once, and the summary is written anew after each stage, so
+Each case is a process. What it finds is one JSON line at once, and the summary is written anew after each case, so
 whatever ends the command, what was found stays. It needs PyTorch, Triton and the packages that the project depends on;
 what else is missing, such as transformers, pytest or matplotlib, costs the case that wants it.
 """
@@ -123,12 +123,8 @@ class Report:
             said = (self.work / f"{FIRST.name}.log").read_text(encoding="utf-8", errors="replace").strip()
             say(f"no GPU here: PyTorch sees none, or it does not answer; nothing was measured\n{said[-2000:]}")
             return NO_GPU
-        for place, (stage, case) in enumerate(order):
-            following = order[place + 1][1] if place + 1 < len(order) else None
-            self._run(case, following)
-            if following is None or order[place + 1][0] is not stage:
-                self.write()
-        if any(stage.name != PREDICTIONS for stage, _ in order):
+        for place, (_, case) in enumerate(order):
+            self._run(case, order[place + 1][1] if place + 1 < len(order) else None)
             self.write()
         return self._status(stages)
 

@@ -189,7 +189,7 @@ def kernels_of(run: Run) -> list[tuple[str, float]]:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     run()
     synchronize()
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         run()
         synchronize()
     with tempfile.TemporaryDirectory() as folder:

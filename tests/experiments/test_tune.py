@@ -80,9 +80,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, measure: Any, *arguments: str) -> 
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(88, "bfloat16"), (80, "float32")])
-def test_every_kept_configuration_is_launched_judged_and_timed(
-    monkeypatch: pytest.MonkeyPatch, head_dim: int, dtype: str
-) -> None:
+def test_every_kept_configuration_is_launched_judged_and_timed(head_dim: int, dtype: str) -> None:
     timed: list[Run] = []
 
     def timer(run: Run) -> float:
