@@ -112,7 +112,7 @@ def qwen3_vl(layers: int, heads: int) -> Subject:
     inputs = _images_and_a_video(config)
     return Subject(
         encoder=model.encoder,
-        regions={qwen3_vl_model.EncoderLayer: ("_region",), qwen3_vl_model.DeepstackMerger: ("_region",)},
+        regions={qwen3_vl_model.EncoderLayer: ("_region",)},
         batches=[(values, *model.metadata(grid_thw, CPU)) for values, grid_thw in inputs],
         peer=lambda: transformers_qwen3_vl(model),
         peer_batches=inputs,

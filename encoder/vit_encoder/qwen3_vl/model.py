@@ -100,11 +100,10 @@ class EncoderLayer(nn.Module):
 
 
 class DeepstackMerger(PatchMerger):
-    """Hidden states of a layer to features: as the merger at the end, its norm over the patches of a unit together."""
+    """Hidden states of a layer to features: as the merger at the end, its norm over the patches of a unit together.
 
-    # Noted before each compilation, by `prepare_layers`.
-    plain_parts = False
-    aliased_parts = False
+    No nested region: inlined, it writes its features to their place among all, and its kernels are those of the others.
+    """
 
     def __init__(self, config: Qwen3VLVisionConfig) -> None:
         super().__init__(config.hidden_size, config.merge_unit, config.out_hidden_size)
@@ -112,20 +111,8 @@ class DeepstackMerger(PatchMerger):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: [patches, hidden] -> [units, out_hidden_size]."""
-        # The gradient of each lies elsewhere in that of all features: for torch 2.13 a backward of its own.
-        nested = not torch.is_grad_enabled() and can_nest_regions(self)
-        merge: Any = self._region if nested else self._block
-        features: Tensor = merge(x)[0]
-        return features
-
-    def _block(self, x: Tensor) -> tuple[Tensor]:
         x = self.norm(side_by_side(x, self.merge_unit))  # [units, merge_unit * hidden]
-        return (self.fc2(F.gelu(self.fc1(x))),)
-
-    # Compiled once and called by each.
-    @torch.compiler.nested_compile_region
-    def _region(self, *args: Any) -> tuple[Any, ...]:
-        return guarded_layer_by_layer(self._block(*args))
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 @support_torch_compile(dynamic_arg_dims=dict.fromkeys(("pixel_values", *VisionMetadata._fields), 0), is_encoder=True)
@@ -213,7 +200,6 @@ class Qwen3VLVisionEncoder(nn.Module):
         """What the decorator calls before Dynamo traces forward."""
         self._check_parts()
         prepare_layers(self.layers)
-        prepare_layers(self.deepstack)
 
     def validate_inputs(
         self,
