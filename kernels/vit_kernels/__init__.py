@@ -7,6 +7,7 @@ from vit_kernels.linear_gelu import linear_gelu
 from vit_kernels.pixel_shuffle import pixel_shuffle
 from vit_kernels.rotary_2d import rotary_2d
 from vit_kernels.rotary_2d_qkv import rotary_2d_qkv_
+from vit_kernels.scaled_linear import scaled_linear
 from vit_kernels.varlen_attention import varlen_attention
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "pixel_shuffle",
     "rotary_2d",
     "rotary_2d_qkv_",
+    "scaled_linear",
     "varlen_attention",
 ]
