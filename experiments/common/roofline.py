@@ -24,7 +24,8 @@ class Gpu:
 
     Attributes:
         target: the architecture, as in `vit_kernels.inspection.TARGETS`.
-        flops: matrix FLOP/s by dtype; float32 on NVIDIA is tf32's rate, and each product is made of three.
+        flops: matrix FLOP/s by dtype; float32 on NVIDIA is tf32's rate, and each product is made of three; "int8" and
+            "float8" are twice the half precisions on all of them.
         bandwidth: HBM, bytes/s.
         exponentials: exp2 a second: 16 a clock and multiprocessor.
         processors: multiprocessors (compute units on AMD).
@@ -58,7 +59,9 @@ class Efficiency:
 
 
 def _nvidia(target: str, half: float, tf32: float, bandwidth: float, processors: int, clock: float, source: str) -> Gpu:
-    rates = {"bfloat16": half, "float16": half, "float32": tf32}
+    rates = {"bfloat16": half, "float16": half, "float32": tf32, "int8": 2 * half}
+    # sm_80 has no fp8.
+    rates |= {} if target == "sm_80" else {"float8": 2 * half}
     return Gpu(target, rates, bandwidth, 16 * processors * clock, processors, source)
 
 
@@ -71,7 +74,7 @@ GPUS = {
     "B200": _nvidia("sm_100", 2250e12, 1125e12, 8e12, 148, 1.86e9, "NVIDIA HGX and DGX B200 data sheets, per GPU"),
     "MI300X": Gpu(
         "gfx942",
-        {"bfloat16": 1307.4e12, "float16": 1307.4e12, "float32": 163.4e12},
+        {"bfloat16": 1307.4e12, "float16": 1307.4e12, "float32": 163.4e12, "int8": 2614.9e12, "float8": 2614.9e12},
         5.3e12,
         16 * 304 * 2.1e9,
         304,
@@ -85,7 +88,7 @@ def interval(gpu: Gpu, dtype: str, *, matrix_flops: float, exponentials: float, 
 
     Args:
         gpu: one of GPUS.
-        dtype: of the factors: "bfloat16", "float16" or "float32".
+        dtype: of the factors: "bfloat16", "float16", "float32", "int8" or "float8".
         matrix_flops: issued.
         exponentials: computed.
         nbytes: compulsory traffic.

@@ -171,7 +171,7 @@ def _figures(case: Case, kernel: Kernel, compiled: Compiled, counts: OperationCo
                 float(f"{1e6 * seconds:.4g}")
                 for seconds in roofline.interval(
                     gpu,
-                    case.dtype,
+                    kernel.factors or case.dtype,
                     matrix_flops=issued,
                     exponentials=counts.exp2 * times,
                     nbytes=kernel.compulsory_bytes(whole),

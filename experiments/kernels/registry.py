@@ -92,6 +92,7 @@ class Kernel:
         heads, positions: of the tile that it is interpreted with; what it does must be proportional to them, unless
             they are those of the whole problem.
         package: distribution that it is part of; "vit-kernels" is ours.
+        factors: the dtype of the matrix products, where that is not the problem's.
         prepare: called before the launcher is imported.
     """
 
@@ -106,6 +107,7 @@ class Kernel:
     heads: int = HEADS
     positions: int = POSITIONS
     package: str = "vit-kernels"
+    factors: str | None = None
     prepare: Callable[[], None] = lambda: None
 
     def interpreted_problem(self, head_dim: int, dtype: str) -> Problem:
@@ -192,6 +194,79 @@ def _linear_candidates(head_dim: int, dtype: str, target: str) -> list[Configura
     return linear_candidates(getattr(torch, dtype), target)
 
 
+def _scaled_linear(dtype: str) -> Callable[[Problem, Any], Arguments]:
+    """Of 8-bit factors; e4m3 stores e4m3 over a given scale, after a GELU, as fc1 does."""
+
+    def arguments(problem: Problem, configuration: Any) -> Arguments:
+        x, weight = (problem.tensor(rows, problem.width, dtype=dtype) for rows in (problem.tokens, 4 * problem.width))
+        x_scale, weight_scale = (problem.tensor(len(t), dtype="float32") for t in (x, weight))
+        out_scale = None if dtype == "int8" else x_scale
+        out_dtype = getattr(torch, problem.dtype if dtype == "int8" else dtype)
+        tensors = (x, weight, x_scale, weight_scale, problem.tensor(4 * problem.width), out_scale)
+        return (*tensors, None if dtype == "int8" else "gelu", out_dtype), {"configuration": configuration}
+
+    return arguments
+
+
+def _scaled_linear_bytes(dtype: str) -> Callable[[Problem], int]:
+    def compulsory(problem: Problem) -> int:
+        values = problem.tokens * problem.width
+        stored = 4 * values * (problem.itemsize if dtype == "int8" else 1)
+        scales = 4 * (problem.tokens + 4 * problem.width)
+        return values + stored + 4 * problem.width * (problem.width + problem.itemsize) + scales
+
+    return compulsory
+
+
+def _scaled_linear_candidates(dtype: str) -> Callable[[int, str, str], list[Configuration]]:
+    def configurations(head_dim: int, out_dtype: str, target: str) -> list[Configuration]:
+        from vit_kernels._triton.configurations import scaled_linear_candidates
+
+        # The products are the same beside outputs of other dtypes; the width is that of Llama 4.
+        if out_dtype != "bfloat16" or head_dim != 88:
+            return []
+        return scaled_linear_candidates(getattr(torch, dtype), target)
+
+    return configurations
+
+
+def _on_targets_with(dtype: str) -> Callable[[int, str, str], list[Configuration]]:
+    """One row where the target multiplies 8-bit numbers of this dtype; the launcher chooses."""
+
+    def configurations(head_dim: int, x_dtype: str, target: str) -> list[Configuration]:
+        return [{}] if _scaled_linear_candidates(dtype)(head_dim, x_dtype, target) else []
+
+    return configurations
+
+
+def _add_norm_quantise(dtype: str) -> Callable[[Problem, Any], Arguments]:
+    def arguments(problem: Problem, configuration: Any) -> Arguments:
+        x, weight = problem.tensor(problem.tokens, problem.width), problem.tensor(problem.width)
+        return (x, x, weight, weight, 1e-5, getattr(torch, dtype)), {}
+
+    return arguments
+
+
+def _add_norm_quantise_bytes(problem: Problem) -> int:
+    """Two tensors are read, one is written, and a byte a value and a scale a token."""
+    return 3 * problem.tensor_bytes + problem.tokens * (problem.width + 4) + 2 * problem.width * problem.itemsize
+
+
+def _quantise_rows(dtype: str, activation: str) -> Callable[[Problem, Any], Arguments]:
+    """Rows as wide as an intermediate activation, 4 * width."""
+
+    def arguments(problem: Problem, configuration: Any) -> Arguments:
+        features = 4 * problem.width * (1 + (activation == "gated_silu"))
+        return (problem.tensor(problem.tokens, features), activation, getattr(torch, dtype)), {}
+
+    return arguments
+
+
+def _quantise_rows_bytes(activation: str) -> Callable[[Problem], int]:
+    read = 4 * (1 + (activation == "gated_silu"))
+    return lambda problem: read * problem.tensor_bytes + problem.tokens * (4 * problem.width + 4)
+
+
 def _shuffle_bytes(problem: Problem) -> int:
     return 2 * problem.tensor_bytes * (POSITIONS - 1) // POSITIONS
 
@@ -200,7 +275,7 @@ def _lse_bytes(problem: Problem) -> int:
     return problem.tokens * problem.heads * 4
 
 
-OURS = (
+OURS: tuple[Kernel, ...] = (
     Kernel(
         name="varlen_attention",
         launcher="vit_kernels._triton.varlen_attention:launch",
@@ -299,6 +374,45 @@ OURS = (
         heads=8,
         positions=128,
     ),
+)
+
+_FORMATS = {"int8": "int8", "e4m3": "float8_e4m3fn", "e4m3fnuz": "float8_e4m3fnuz"}
+OURS += tuple(
+    Kernel(
+        name=f"scaled_linear {name}",
+        launcher="vit_kernels._triton.scaled_linear:launch",
+        arguments=_scaled_linear(dtype),
+        compulsory_bytes=_scaled_linear_bytes(dtype),
+        useful_flops=lambda problem: 8 * problem.tokens * problem.width**2,
+        configurations=_scaled_linear_candidates(dtype),
+        heads=8,
+        positions=128,
+        factors="int8" if name == "int8" else "float8",
+    )
+    for name, dtype in _FORMATS.items()
+)
+OURS += tuple(
+    Kernel(
+        name=f"add_layer_norm_quantise {name}",
+        launcher="vit_kernels._triton.add_layer_norm_quantise:launch",
+        arguments=_add_norm_quantise(dtype),
+        compulsory_bytes=_add_norm_quantise_bytes,
+        configurations=_on_targets_with(dtype),
+        positions=25,
+    )
+    for name, dtype in _FORMATS.items()
+)
+OURS += tuple(
+    Kernel(
+        name=f"quantise_rows {activation} {name}",
+        launcher="vit_kernels._triton.quantise_rows:launch",
+        arguments=_quantise_rows(dtype, activation),
+        compulsory_bytes=_quantise_rows_bytes(activation),
+        configurations=_on_targets_with(dtype),
+        positions=25,
+    )
+    for name, dtype in _FORMATS.items()
+    for activation in ("gelu", "gated_silu")
 )
 
 

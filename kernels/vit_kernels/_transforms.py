@@ -27,6 +27,31 @@ def refuse_gradients(op: str, **arguments: Any) -> None:
             )
 
 
+def refuse_derivatives(op: str, **arguments: Any) -> None:
+    """Raise for an op that rounds to 8 bits, whose gradients and tangents would get lost without a word.
+
+    Raises:
+        ValueError: gradients are on and an argument requires them.
+        NotImplementedError: an argument has a tangent.
+    """
+    for name, argument in arguments.items():
+        if isinstance(argument, Tensor) and argument.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: got a tensor that requires grad, expected none under torch.is_grad_enabled(): "
+                f"{op} rounds to 8 bits and has no gradient"
+            )
+    _refuse_tangents(op, tuple(arguments), tuple(arguments.values()))
+
+
+def no_backward(op: str) -> Callable[..., Any]:
+    """The backward of an op that has none, for direct calls of it."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"{op} rounds to 8 bits and has no gradient")
+
+    return backward
+
+
 def autograd(
     op: torch._ops.OpOverload, setup_context: Callable[..., None] | None, backward: Callable[..., Any]
 ) -> Callable[..., Any]:

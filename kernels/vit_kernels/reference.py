@@ -178,3 +178,74 @@ def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     u = (x.double()[:, None] * weight.double()).sum(-1) + bias.double()
     return u * torch.special.ndtr(u)
+
+
+def scaled_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    out_scale: Tensor | None = None,
+) -> Tensor:
+    """activation(x_scale * weight_scale * (x @ weight.T) + bias), over out_scale where there is one, in fp64.
+
+    Source: Dettmers et al., LLM.int8() (arXiv 2208.07339), equation 3; Hendrycks and Gimpel, Gaussian Error Linear
+    Units (arXiv 1606.08415), section 2, with both forms of the GELU.
+
+    Args:
+        x: [tokens, in_features], weight: [out_features, in_features], 8-bit; x_scale, out_scale: [tokens];
+        weight_scale, bias: [out_features]; activation: None, "gelu" or "gelu_tanh".
+
+    Returns:
+        [tokens, out_features] as float64, not yet rounded or saturated.
+    """
+    product = (x.double()[:, None] * weight.double()).sum(-1)
+    u = product * x_scale.double()[:, None] * weight_scale.double()
+    u = activation_reference(u if bias is None else u + bias.double(), activation)
+    return u if out_scale is None else u / out_scale.double()[:, None]
+
+
+def add_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x + residual, and the layer norm, or without a bias the RMS norm, of that sum in the dtype of x, in fp64.
+
+    Source: Ba et al., Layer Normalization (arXiv 1607.06450), equation 4; Zhang and Sennrich, Root Mean Square Layer
+    Normalization (arXiv 1910.07467), equation 4.
+
+    Args:
+        x, residual: [tokens, channels]; weight, bias: [channels].
+
+    Returns:
+        Both [tokens, channels] as float64.
+    """
+    stored = (x + residual).double()
+    centred = stored if bias is None else stored - stored.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+    return x.double() + residual.double(), normed if bias is None else normed + bias.double()
+
+
+def activation_reference(x: Tensor, activation: str | None) -> Tensor:
+    """x itself, its GELU (the erf form, or the tanh form), or the SiLU of its first half times its second, in fp64.
+
+    Source: Hendrycks and Gimpel, Gaussian Error Linear Units (arXiv 1606.08415), section 2; Shazeer, GLU Variants
+    Improve Transformer (arXiv 2002.05202), equation 5.
+
+    Args:
+        x: [rows, features]; activation: None, "gelu", "gelu_tanh" or "gated_silu".
+
+    Returns:
+        [rows, features], or half as many features where gated, as float64.
+    """
+    u = x.double()
+    if activation == "gelu":
+        return u * torch.special.ndtr(u)
+    if activation == "gelu_tanh":
+        return 0.5 * u * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (u + 0.044715 * u**3)))
+    if activation == "gated_silu":
+        gate, up = u.tensor_split(2, dim=-1)
+        return gate / (1 + torch.exp(-gate)) * up
+    return u

@@ -19,10 +19,13 @@ from torch import Tensor
 from vit_kernels import _pixel_grid, layer_norm_pixel_shuffle, rotary_2d, varlen_attention
 from vit_kernels import varlen_attention_backward as eager_backward
 from vit_kernels.reference import (
+    activation_reference,
+    add_norm_reference,
     layer_norm_pixel_shuffle_reference,
     linear_gelu_reference,
     pixel_shuffle_reference,
     rotary_2d_reference,
+    scaled_linear_reference,
     varlen_attention_lse_reference,
     varlen_attention_reference,
 )
@@ -34,6 +37,7 @@ from vit_kernels.testing import (
     seeded_tensor,
 )
 
+from tests.kernels.eight_bit import FORMATS, assert_nearest, assert_quantised, numbers, scales
 from tests.kernels.mutants import Mutant, installed
 
 CPU_SECONDS_OF_A_MUTANT = 120
@@ -238,6 +242,192 @@ def writes_gelus_far() -> None:
     expected = F.gelu(x.double() @ weight.double().T).half().expand(4, 16)
     torch.testing.assert_close(out.as_strided((4, 16), (FAR, 1)), expected)
 
+
+# scaled_linear
+
+
+def scaled_blocks(sizes: tuple[int, int, int], blocks: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """A ragged or whole product with every epilogue."""
+    tokens, in_features, out_features = sizes
+    x, weight = (
+        nan_padded(numbers((n, in_features), dtype, i), [(1, 1), (0, 5 + i)]).tensor
+        for i, n in enumerate((tokens, out_features))
+    )
+    parts = scales(tokens, 0.02, 2), scales(out_features, 0.02, 3), seeded_tensor((out_features,), torch.float32, 4)
+    x_scale, weight_scale, some_bias = (nan_padded(part, [(4, 4)]).tensor for part in parts)
+    configuration = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M"), blocks, strict=True))
+    launch = triton_module("scaled_linear").launch
+    for bias, activation in ((some_bias, None), (None, "gelu"), (some_bias, "gelu_tanh")):
+        given = (x, weight, x_scale, weight_scale, bias)
+        expected = scaled_linear_reference(*given, activation=activation)
+        with nan_filled_empty():
+            out = launch(*given, None, activation, torch.float32, configuration=configuration)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=2e-5)
+        if dtype != torch.int8:
+            out_scale = nan_padded(scales(tokens, 0.01, 5), [(4, 4)]).tensor
+            with nan_filled_empty():
+                out = launch(*given, out_scale, activation, dtype, configuration=configuration)
+            assert_nearest(out, expected / out_scale.double()[:, None], 2e-3)
+
+
+def scales_products() -> None:
+    """Ragged and whole blocks in every direction; a last group of fewer blocks of tokens."""
+    for dtype in FORMATS[:2]:
+        scaled_blocks((85, 40, 70), (16, 32, 16, 2), dtype)
+        scaled_blocks((33, 17, 31), (32, 16, 32, 4), dtype)
+    scaled_blocks((48, 32, 64), (16, 32, 16, 2), torch.int8)
+    scaled_blocks((40, 33, 16), (16, 16, 16, 3), FORMATS[2])
+
+
+def scales_with_no_more_products_than_it_must() -> None:
+    blocks = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2}
+    x, weight, one = numbers((48, 32), torch.int8, 0), numbers((64, 32), torch.int8, 1), torch.ones(64)
+    with corrected_interpreter() as counts:
+        triton_module("scaled_linear").launch(
+            x, weight, one[:48], one, None, None, None, torch.float32, configuration=blocks
+        )
+    assert counts.dot_flops == 2 * 48 * 32 * 64
+
+
+def scales_nothing() -> None:
+    launch = triton_module("scaled_linear").launch
+    for tokens, out_features in ((0, 5), (5, 0)):
+        x, weight = (torch.ones(n, 3, dtype=torch.int8) for n in (tokens, out_features))
+        out = launch(x, weight, torch.ones(tokens), torch.ones(out_features), None, None, None, torch.float32)
+        assert out.numel() == 0
+
+
+def scales_far() -> None:
+    launch = triton_module("scaled_linear").launch
+    x, weight, one = numbers((4, 8), torch.int8, 0), numbers((4, 8), torch.int8, 1), torch.ones(4)
+    rest = (one, one, None, None, None, torch.float32)
+    expected = launch(x, weight, *rest)
+    assert_same(launch(spread(x, 0), weight, *rest), expected)
+    assert_same(launch(x, spread(weight, 0), *rest), expected)
+
+
+def writes_products_far() -> None:
+    """The first features of tokens of 2**30: the offsets in the contiguous output pass 2**31 too."""
+    kernel = triton_module("scaled_linear").scaled_linear_kernel
+    x, weight = numbers((4, 8), torch.int8, 0), numbers((1, 8), torch.int8, 1)
+    out = torch.empty(4 * FAR, dtype=torch.float16)
+    kernel[(1,)](
+        x, weight.expand(FAR, 8), torch.ones(4), torch.ones(16), None, None, out, 8, 0, 4, 8, FAR,
+        ACTIVATION=None, LARGEST=None, WHOLE_STEPS=True, BLOCK_M=4, BLOCK_N=16, BLOCK_K=8, GROUP_M=1,
+    )  # fmt: skip
+    expected = (x.double() @ weight.double().T).half().expand(4, 16)
+    torch.testing.assert_close(out.as_strided((4, 16), (FAR, 1)), expected)
+
+
+def refuses_what_a_target_lacks() -> None:
+    module = triton_module("scaled_linear")
+    assert module._default(torch.int8)["BLOCK_M"] == 128
+    with mock.patch("triton.knobs.runtime.interpret", False):
+        for target, expected in (("gfx942", "TypeError"), ("sm_80", "TypeError"), ("gfx950", "none")):
+            with mock.patch.object(module, "current_target", lambda target=target: target):
+                try:
+                    raised = "none" if module._default(torch.float8_e4m3fn) else ""
+                except TypeError as error:
+                    raised = type(error).__name__
+            assert raised == expected
+
+
+def makes_special_values_nan_in_e4m3() -> None:
+    launch = triton_module("scaled_linear").launch
+    x = numbers((5, 16), torch.float8_e4m3fn, 0)
+    bias = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e30, -1e30])
+    out = launch(x, x, torch.ones(5), torch.ones(5), bias, torch.ones(5), None, x.dtype).float()
+    assert out[:, :3].isnan().all()
+    assert (out[:, 3] == 448).all()
+    assert (out[:, 4] == -448).all()
+
+
+# add_layer_norm_quantise and quantise_rows
+
+
+def normalises_to_8_bits() -> None:
+    launch = triton_module("add_layer_norm_quantise").launch
+    for dtype, channels, eps in (
+        (torch.int8, 24, 1e-5),
+        (torch.float8_e4m3fn, 33, 0.5),
+        (torch.float8_e4m3fnuz, 16, 0.5),
+    ):
+        x, residual = (padded((5, channels), torch.float32, seed) for seed in (1, 2))
+        weight, bias = (nan_padded(seeded_tensor((channels,), torch.float32, i), [(4, 4)]).tensor for i in (3, 4))
+        for given in (bias, None):
+            with nan_filled_empty():
+                hidden, q, scale = launch(x, residual, weight, given, eps, dtype)
+            _, normed = add_norm_reference(x, residual, weight, given, eps)
+            assert_same(hidden, x + residual)
+            assert_quantised(q, scale, normed, 2e-5)
+
+
+def normalises_to_8_bits_from_far() -> None:
+    launch = triton_module("add_layer_norm_quantise").launch
+    x, weight = seeded_tensor((4, 8), torch.float16, 0), seeded_tensor((8,), torch.float16, 1)
+    expected = launch(x, x, weight, weight, 1e-5, torch.int8)
+    for inputs in ((spread(x, 0), x), (x, spread(x, 0))):
+        for actual, wanted in zip(launch(*inputs, weight, weight, 1e-5, torch.int8), expected, strict=True):
+            assert_same(actual, wanted)
+
+
+def quantises_rows() -> None:
+    launch = triton_module("quantise_rows").launch
+    for dtype in FORMATS:
+        for activation in (None, "gelu", "gelu_tanh", "gated_silu"):
+            x = padded((5, 34), torch.float32, 1)
+            x.mul_(3)
+            with nan_filled_empty():
+                q, scale = launch(x, activation, dtype)
+            assert_quantised(q, scale, activation_reference(x, activation), 5e-5)
+
+
+def quantises_special_rows() -> None:
+    launch = triton_module("quantise_rows").launch
+    x = seeded_tensor((7, 40), torch.float32, 0)
+    x[0], x[1, 3], x[2, 39], x[3, 0], x[4], x[5, 2:4] = 0, torch.nan, torch.inf, -torch.inf, 1e-44, torch.inf
+    x[5, 7] = torch.nan
+    for dtype in FORMATS:
+        q, scale = launch(x, None, dtype)
+        assert_quantised(q, scale, x.double(), 0.0)
+        assert scale[0] == scale[4] == 2.0**-126
+    halves = torch.tensor([[127.0, 0.5, 1.5, -2.5, 126.5]])
+    assert launch(halves, None, torch.int8)[0].tolist() == [[127, 0, 2, -2, 126]]
+
+
+def quantises_rows_from_far() -> None:
+    launch = triton_module("quantise_rows").launch
+    x = seeded_tensor((4, 8), torch.float16, 0)
+    for activation in (None, "gated_silu"):
+        for actual, wanted in zip(
+            launch(spread(x, 0), activation, torch.int8), launch(x, activation, torch.int8), strict=True
+        ):
+            assert_same(actual, wanted)
+
+
+def quantises_nothing() -> None:
+    for rows, features in ((0, 4), (3, 0)):
+        x, weight = torch.ones(rows, features), torch.ones(features)
+        assert triton_module("quantise_rows").launch(x, None, torch.int8)[0].shape == x.shape
+        assert triton_module("add_layer_norm_quantise").launch(x, x, weight, None, 1.0, torch.int8)[0].shape == x.shape
+
+
+def takes_threads_by_the_row() -> None:
+    warps_of = triton_module("eight_bit").warps_of
+    assert [warps_of(block) for block in (1, 512, 1024, 2048, 8192, 16384)] == [1, 1, 2, 4, 16, 16]
+
+
+EIGHT_BIT_CHECKS = (quantises_rows, quantises_special_rows, quantises_rows_from_far, quantises_nothing)
+NORM_CHECKS = (normalises_to_8_bits, normalises_to_8_bits_from_far, quantises_nothing)
+SCALED_CHECKS = (
+    scales_products,
+    scales_with_no_more_products_than_it_must,
+    scales_nothing,
+    scales_far,
+    writes_products_far,
+    makes_special_values_nan_in_e4m3,
+    refuses_what_a_target_lacks,
+)
 
 # rotary_2d
 
@@ -646,6 +836,10 @@ CHECKS: dict[str, tuple[Callable[[], None], ...]] = {
         gelus_far,
         writes_gelus_far,
     ),
+    "eight_bit": (*EIGHT_BIT_CHECKS, scales_products, takes_threads_by_the_row),
+    "scaled_linear": SCALED_CHECKS,
+    "add_layer_norm_quantise": NORM_CHECKS,
+    "quantise_rows": EIGHT_BIT_CHECKS,
     "pixel_shuffle": (shuffles_grids, shuffles_more_channels_than_a_block, shuffles_from_far, writes_far),
     "layer_norm_pixel_shuffle": (
         normalises_and_shuffles,

@@ -24,6 +24,10 @@ MODULES = (
     "pixel_shuffle",
     "layer_norm_pixel_shuffle",
     "linear_gelu",
+    "eight_bit",
+    "scaled_linear",
+    "add_layer_norm_quantise",
+    "quantise_rows",
 )
 
 _COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {

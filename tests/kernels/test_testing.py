@@ -18,6 +18,7 @@ from vit_kernels.testing import (
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+E4M3 = [torch.float8_e4m3fn, torch.float8_e4m3fnuz]
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -155,8 +156,9 @@ ALLOCATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def test_empty_is_nan_inside_the_context_only(allocate: Callable[[torch.Tensor], torch.Tensor]) -> None:
     originals = [torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty]
     with nan_filled_empty():
-        for dtype in DTYPES:
-            assert allocate(torch.ones(2, 3, dtype=dtype)).isnan().all()
+        for dtype in (*DTYPES, *E4M3):
+            assert allocate(torch.ones(2, 3, dtype=dtype)).float().isnan().all()
+        assert (allocate(torch.ones(2, 3, dtype=torch.int8)) == -128).all()
         assert allocate(torch.ones(2, 3, dtype=torch.int32)).shape == (2, 3)
     assert [torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty] == originals
 
@@ -171,12 +173,12 @@ def test_empty_is_nan_inside_a_custom_op_and_for_leaves() -> None:
         assert torch.empty(3, requires_grad=True).is_leaf
 
 
-all_dtypes = strategies.dtypes() | st.sampled_from([torch.float64, torch.int32, torch.int64])
+all_dtypes = strategies.dtypes() | st.sampled_from([torch.float64, torch.int8, torch.int32, torch.int64, *E4M3])
 paddings = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=2, max_size=2)
 
 
 def small_tensor(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.arange(rows * columns, dtype=dtype).view(rows, columns)
+    return torch.arange(rows * columns).to(dtype).view(rows, columns)
 
 
 @given(rows=st.integers(0, 4), columns=st.integers(0, 4), dtype=all_dtypes, padding=paddings)
@@ -189,7 +191,7 @@ def test_padding_surrounds_the_values(
     (above, below), (left, right) = padding
     assert padded.storage.numel() == (above + rows + below) * (left + columns + right)
     if dtype.is_floating_point:
-        assert int(padded.storage.isnan().sum()) == padded.storage.numel() - rows * columns
+        assert int(padded.storage.float().isnan().sum()) == padded.storage.numel() - rows * columns
     padded.tensor.fill_(7)
     padded.assert_padding_untouched()
 
@@ -205,7 +207,7 @@ def test_every_write_to_the_padding_is_found(
     outside = [position for position in range(padded.storage.numel()) if position not in inside]
     if outside:
         position = data.draw(st.sampled_from(outside))
-        padded.storage[position] = torch.nan if dtype.is_floating_point else 0
+        padded.storage[position] = 0 if dtype.itemsize == 1 or not dtype.is_floating_point else torch.nan
         with pytest.raises(
             AssertionError, match=rf"^1 elements .* first is {position - first} elements from the start"
         ):
@@ -276,7 +278,7 @@ def test_strided_tensors_keep_shape_dtype_and_a_contiguous_last_dimension(padded
     assert padded.tensor.dtype == torch.bfloat16
     assert padded.tensor.stride(-1) == 1
     assert padded.tensor.isfinite().all()
-    assert int(padded.storage.isnan().sum()) == padded.storage.numel() - padded.tensor.numel()
+    assert int(padded.storage.float().isnan().sum()) == padded.storage.numel() - padded.tensor.numel()
     padded.tensor.zero_()
     padded.assert_padding_untouched()
 

@@ -33,6 +33,7 @@ _NAMES = {
 """Of block sizes, by how many they are."""
 
 _HALF, _FLOAT32 = (torch.float16, torch.bfloat16), (torch.float32,)
+_INT8, _E4M3 = (torch.int8,), (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 _NVIDIA, _AMD = ("sm_80", "sm_90", "sm_100"), ("gfx9",)
 _ENDING_IN_16 = (24, 40, 48, 72, 80)
 """What `split_head_dim` gives a second block of 16 columns: a larger tile's threads would load 8 bytes each of it."""
@@ -84,6 +85,11 @@ _KEPT = (
     Row("linear_gelu", _HALF, _ALL, _AMD, ((128, 128, 64, 8, 2), (128, 128, 32, 4, 2), (128, 128, 64, 4, 1))),
     Row("linear_gelu", _FLOAT32, _ALL, _NVIDIA, ((64, 64, 16, 4, 2), (64, 64, 32, 4, 2), (32, 64, 32, 4, 2))),
     Row("linear_gelu", _FLOAT32, _ALL, _AMD, ((64, 64, 32, 4, 2), (64, 64, 16, 4, 2), (128, 64, 32, 8, 2))),
+    Row("scaled_linear", _INT8, _ALL, ("sm_80",), ((128, 128, 64, 8, 4), (64, 128, 128, 4, 3))),
+    Row("scaled_linear", _INT8, _ALL, ("sm_90", "sm_100"), ((64, 128, 128, 4, 3), (128, 128, 64, 8, 4))),
+    Row("scaled_linear", _E4M3, _ALL, ("sm_80", "sm_90"), ((64, 128, 128, 4, 3), (128, 128, 128, 8, 3))),
+    Row("scaled_linear", _E4M3, _ALL, ("sm_100",), ((128, 128, 128, 8, 3), (64, 128, 128, 4, 3))),
+    Row("scaled_linear", _INT8 + _E4M3, _ALL, _AMD, ((128, 128, 128, 8, 2), (128, 128, 64, 4, 2))),
 )  # fmt: skip
 
 # By 16 to 32 bytes at head_dim 88 and 96, by the compiler of one version of Triton.
@@ -108,6 +114,18 @@ def linear_candidates(dtype: torch.dtype, target: str) -> list[Configuration]:
         # Triton 3.6's compiler would take 272 registers where 205 do, too many for a second block of 4 waves.
         shared["waves_per_eu"] = 2
     return [shared | blocks for blocks in _blocks("linear_gelu", 0, dtype, target)]
+
+
+def scaled_linear_candidates(dtype: torch.dtype, target: str) -> list[Configuration]:
+    """As `candidates`, for scaled_linear; none where the target has no matrix instruction for the dtype.
+
+    Triton would take OCP's e4m3 on gfx942, and multiply it in float16. The interpreter takes the rows of sm_80.
+    """
+    if target != "interpreter":
+        is_fnuz = target == "gfx942"
+        if dtype in _E4M3 and ((dtype == torch.float8_e4m3fnuz) != is_fnuz or _family(target) == "sm_80"):
+            return []
+    return [{"GROUP_M": 8} | blocks for blocks in _blocks("scaled_linear", 0, dtype, target)]
 
 
 def _input_precision(dtype: torch.dtype, target: str) -> str:

@@ -1,7 +1,9 @@
-"""bf16 arithmetic for Triton's interpreter (written for triton 3.6 to 3.9).
+"""bf16 arithmetic and e4m3 casts for Triton's interpreter (written for triton 3.6 to 3.9).
 
 The stock interpreter keeps a bf16 tensor as its raw 16-bit patterns and hands those to numpy as integers. Each hook
-widens them to fp32, lets the stock method work, and rounds its result to bf16.
+widens them to fp32, lets the stock method work, and rounds its result to bf16. Of e4m3 it rounds halves of subnormal
+numbers and of the next power of two wrongly, takes NaN for a number, and has no fnuz form: casts and dots are
+corrected.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,12 +12,16 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 from triton._C.libtriton import ir
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, ScanOps, TensorHandle
 
 from vit_kernels.testing import _bfloat16 as bfloat16
+from vit_kernels.testing import _float8 as float8
 
 STEP = 16
 """Columns of fp16 that a matrix instruction multiplies."""
+
+E4M3 = {tl.float8e4nv: float8.E4M3FN, tl.float8e4b8: float8.E4M3FNUZ}
 
 Method = Callable[..., Any]
 Hook = tuple[object, str, Method]
@@ -34,6 +40,7 @@ def arithmetic_hooks() -> Iterator[Hook]:
     yield ReduceOps, "sum", _reduced_in_fp32(ReduceOps.sum)
     yield ScanOps, "cumsum", _reduced_in_fp32(ScanOps.cumsum)
     yield ScanOps, "cumprod", _reduced_in_fp32(ScanOps.cumprod)
+    yield interpreter, "_patch_lang_core", _patch_lang_core()
 
 
 def _is_bf16(operand: Any) -> bool:
@@ -44,8 +51,16 @@ def _widened(operand: Any) -> Any:
     return TensorHandle(bfloat16.widen(operand.data), tl.float32) if _is_bf16(operand) else operand
 
 
-def _narrowed(handle: TensorHandle) -> TensorHandle:
-    return TensorHandle(bfloat16.narrow(np.asarray(handle.data, dtype=np.float32)), tl.bfloat16)
+def _widened_number(operand: Any) -> Any:
+    """Of bf16 or e4m3 the values in fp32."""
+    format_ = E4M3.get(operand.dtype.scalar)
+    return TensorHandle(float8.widen(operand.data, format_), tl.float32) if format_ else _widened(operand)
+
+
+def _narrowed(handle: TensorHandle, dtype: tl.dtype = tl.bfloat16) -> TensorHandle:
+    values = np.asarray(handle.data, dtype=np.float32)
+    bits = float8.narrow(values, E4M3[dtype]) if dtype in E4M3 else bfloat16.narrow(values)
+    return TensorHandle(bits, dtype)
 
 
 def _through_fp32(stock: Method) -> Method:
@@ -97,7 +112,9 @@ def _fp_to_fp() -> Method:
     stock = InterpreterBuilder.create_fp_to_fp
 
     def create_fp_to_fp(self: InterpreterBuilder, source: TensorHandle, target: tl.dtype, rounding: Any) -> Any:
-        source = _widened(source)
+        source = _widened_number(source)
+        if target.scalar in E4M3 and rounding != ir.ROUNDING_MODE.RTZ:
+            return _narrowed(source, target.scalar)
         if min(source.dtype.scalar.primitive_bitwidth, target.scalar.primitive_bitwidth) < 16:
             return stock(self, source, target, rounding)
         if rounding != ir.ROUNDING_MODE.RTZ:
@@ -115,7 +132,7 @@ def _dot() -> Method:
     def create_dot(
         self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *args: Any
     ) -> TensorHandle:
-        a, b = _widened(a), _widened(b)
+        a, b = _widened_number(a), _widened_number(b)
         if d.data.dtype != np.float32 or a.data.dtype not in (np.float16, np.float32):
             return stock(self, a, b, d, *args)
         return TensorHandle(_sum_in_steps(a.data, b.data, d.data), d.dtype.scalar)
@@ -170,3 +187,16 @@ def _reduced_in_fp32(stock: Method) -> Method:
         return type(result)(map(narrowed, result)) if isinstance(result, tuple | list) else narrowed(result)
 
     return method
+
+
+def _patch_lang_core() -> Method:
+    stock = interpreter._patch_lang_core
+
+    def patch_lang_core(language: Any, scope: Any) -> None:
+        stock(language, scope)
+        to_ir = language.dtype.to_ir
+        # The stock one lacks the fnuz form.
+        known = lambda self, builder: self if self == tl.float8e4b8 else to_ir(self, builder)  # noqa: E731
+        scope.set_attr(language.dtype, "to_ir", known)
+
+    return patch_lang_core

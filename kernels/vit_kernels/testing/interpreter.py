@@ -23,7 +23,10 @@ def corrected_interpreter() -> Iterator[OperationCounts]:
       each result rounded to nearest even; the stock interpreter computes on the raw 16-bit patterns. Products of
       `tl.dot` are summed in fp32, 16 at a time: an element depends on its row and column alone, as on a GPU. So is a
       `tl.sum` of bf16, where a compiled kernel may round every partial sum: cast to fp32 first. Not covered: atomics
-      on bf16, `tl.dot_scaled`, fp8.
+      on bf16, `tl.dot_scaled`.
+    - Casts to e4m3, OCP's and the fnuz form, round to nearest even and saturate as NVIDIA's do, NaN stays NaN both ways
+      and in `tl.dot`, whose sums are exact to fp32: not those of sm_90 with fewer bits. Not covered: other arithmetic
+      on fp8, and e5m2.
     - `tl.minimum` and `tl.maximum` return the operand that is not NaN, as on a GPU.
     - Every active lane of every load, store and atomic must lie on an element of a tensor argument of the launch:
       the gaps of a strided view are outside. A lane that lands in another argument by mistake is not found: poison

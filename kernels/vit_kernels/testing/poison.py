@@ -9,6 +9,7 @@ import torch
 
 # A quiet NaN in bf16 and fp16, and repeated in fp32 and fp64; not the one that arithmetic makes.
 _NAN_BITS = 0x7FFD
+_NAN_BITS_OF_8 = {torch.float8_e4m3fn: 0x7F, torch.float8_e4m3fnuz: -0x80}
 
 
 @contextlib.contextmanager
@@ -17,8 +18,8 @@ def nan_filled_empty() -> Iterator[None]:
 
     An output element that a kernel does not write then shows. Covers calls from Python that look the function up in
     torch, as launchers do, also inside custom ops and compiled graphs that call them; not memory that C++ or
-    Inductor allocates. Integer tensors stay as they are. The functions of the whole process are replaced: launch from
-    one thread.
+    Inductor allocates. Tensors of int8 are filled with -128, which no quantisation to +-127 gives; other integers stay
+    as they are. The functions of the whole process are replaced: launch from one thread.
     """
     with contextlib.ExitStack() as stack:
         for owner, names in (
@@ -36,6 +37,8 @@ def _nan_filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
         if result.dtype.is_floating_point:
             with torch.no_grad():
                 result.fill_(torch.nan)
+        elif result.dtype == torch.int8:
+            result.fill_(-128)
         return result
 
     return nan_filled
@@ -75,13 +78,13 @@ def nan_padded(tensor: torch.Tensor, padding: Sequence[tuple[int, int]]) -> NanP
     """Copy a tensor into a poisoned storage.
 
     Args:
-        tensor: any shape, a floating dtype of at least 16 bits or an integer dtype.
+        tensor: any shape, a floating dtype of at least 16 bits, an e4m3 or an integer dtype.
         padding: (before, after) in elements, for each dimension. Padding of the last dimension gives rows with gaps,
             and the last dimension stays contiguous.
 
     Raises:
         ValueError: `padding` has not one pair of numbers >= 0 for each dimension.
-        TypeError: the dtype is boolean, complex or below 16 bits of floating point.
+        TypeError: the dtype is boolean, complex or another one below 16 bits of floating point.
     """
     if len(padding) != tensor.dim() or any(amount < 0 for pair in padding for amount in pair):
         raise ValueError(
@@ -100,10 +103,12 @@ def _poisoned(elements: int, like: torch.Tensor) -> torch.Tensor:
     storage = torch.empty(elements, dtype=like.dtype, device=like.device)
     if like.dtype.is_floating_point and like.element_size() > 1:
         storage.view(torch.int16).fill_(_NAN_BITS)
+    elif like.dtype in _NAN_BITS_OF_8:
+        storage.view(torch.int8).fill_(_NAN_BITS_OF_8[like.dtype])
     elif like.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
         storage.fill_(torch.iinfo(like.dtype).min)
     else:
-        raise TypeError(f"tensor: got {like.dtype}, expected an integer dtype or at least 16 bits of floating point")
+        raise TypeError(f"tensor: got {like.dtype}, expected an integer dtype, e4m3 or a wider floating one")
     return storage
 
 
