@@ -18,12 +18,14 @@ SURVIVORS = {
 
 def survivors(target: str, case: str, every: int = 1) -> tuple[set[str], set[str]]:
     """Names of the mutants that were run, and of those that nothing told."""
-    found = {f"{target}, {case}: {kernel}: {site.name}": told for kernel, site, told in outcomes(target, case, every)}
-    return set(found), {name for name, told in found.items() if not told}
+    found = [(f"{target}, {case}: {kernel}: {site.name}", told) for kernel, site, told in outcomes(target, case, every)]
+    names = {name for name, _ in found}
+    assert len(names) == len(found)
+    return names, {name for name, told in found if not told}
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("case", "every"), [("norm", 1), ("product", 5), ("attention", 14)])
+@pytest.mark.parametrize(("case", "every"), [("norm", 1), ("product", 3), ("attention", 14)])
 def test_a_sample_is_found_or_explained(target: str, case: str, every: int) -> None:
     run, survived = survivors(target, case, every)
     assert len(run) >= 3
