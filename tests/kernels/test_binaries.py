@@ -22,7 +22,8 @@ SCRIPT = """
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
     from vit_kernels._triton import (
-        layer_norm_pixel_shuffle, linear_gelu, pixel_shuffle, rotary_2d, varlen_attention, varlen_attention_backward
+        add_layer_norm_quantise, layer_norm_pixel_shuffle, linear_gelu, pixel_shuffle, quantise_rows, rotary_2d,
+        scaled_linear, varlen_attention, varlen_attention_backward,
     )
     from vit_kernels.inspection import TARGETS
     from vit_kernels.inspection.compiling import _StubDriver
@@ -97,6 +98,23 @@ SCRIPT = """
             x, weight, bias = meta(sum(lengths), 64), meta(128, 64), meta(128)
             yield lambda: linear_gelu.launch(x, weight, bias)
 
+    def scaled_products():
+        for lengths in LENGTHS:
+            x, weight = (meta(n, 64, dtype=torch.int8) for n in (sum(lengths), 128))
+            x_scale, weight_scale = (meta(n, dtype=torch.float32) for n in (sum(lengths), 128))
+            rest = x_scale, weight_scale, meta(128), None, "gelu", torch.bfloat16
+            yield lambda: scaled_linear.launch(x, weight, *rest)
+
+    def quantised_norms():
+        for lengths in LENGTHS:
+            x, weight = meta(sum(lengths), 64), meta(64)
+            yield lambda: add_layer_norm_quantise.launch(x, x, weight, weight, 1e-5, torch.int8)
+
+    def quantised_rows():
+        for lengths in LENGTHS:
+            x = meta(sum(lengths), 64)
+            yield lambda: quantise_rows.launch(x, "gated_silu", torch.int8)
+
     CASES = {
         "attention": attention, "attention into out": attention_into, "gradients": gradients,
         "rotary_2d": rotation, "rotary_2d in place": rotation_in_place,
@@ -107,6 +125,9 @@ SCRIPT = """
         "pixel_shuffle backward": grids(pixel_shuffle.launch_backward, backward=True),
         "layer_norm_pixel_shuffle": norms(),
         "linear_gelu": products(),
+        "scaled_linear": scaled_products(),
+        "add_layer_norm_quantise": quantised_norms(),
+        "quantise_rows": quantised_rows(),
     }
     keys = set()
 
@@ -175,6 +196,10 @@ def test_lengths_and_batches_share_binaries(binaries: dict[str, dict[str, int]],
         ("layer_norm_pixel_shuffle", 2),
         # One token, a multiple of 16 and any other number.
         ("linear_gelu", 3),
+        ("scaled_linear", 3),
+        # Neither knows how many rows there are.
+        ("add_layer_norm_quantise", 1),
+        ("quantise_rows", 1),
     ],
 )
 def test_grids_and_tokens_share_binaries(binaries: dict[str, dict[str, int]], case: str, bound: int) -> None:

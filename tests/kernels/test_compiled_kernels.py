@@ -30,9 +30,9 @@ SCRIPT = """
 
     import torch
     from vit_kernels._triton import (
-        layer_norm_pixel_shuffle, linear_gelu, pixel_shuffle, rotary_2d, varlen_attention
+        layer_norm_pixel_shuffle, linear_gelu, pixel_shuffle, rotary_2d, scaled_linear, varlen_attention
     )
-    from vit_kernels._triton.configurations import linear_candidates
+    from vit_kernels._triton.configurations import linear_candidates, scaled_linear_candidates
     from vit_kernels.inspection import TARGETS, compile_launch
 
     def meta(*shape, dtype):
@@ -73,6 +73,16 @@ SCRIPT = """
             report = compile_launch(target, linear_gelu.launch, x, weight, bias, configuration=configuration)
             yield f"linear_gelu {str(dtype)[6:]} {number}", report
 
+    def scaled(target, dtype):
+        x, weight = meta(1154, 1408, dtype=dtype), meta(5632, 1408, dtype=dtype)
+        x_scale, weight_scale, bias = (meta(n, dtype=torch.float32) for n in (1154, 5632, 5632))
+        # As fc1: with e4m3 the GELU's result is stored in e4m3.
+        out = (None, torch.bfloat16) if dtype == torch.int8 else (x_scale, dtype)
+        rest = x_scale, weight_scale, bias, out[0], "gelu", out[1]
+        for number, configuration in enumerate(scaled_linear_candidates(dtype, target)):
+            report = compile_launch(target, scaled_linear.launch, x, weight, *rest, configuration=configuration)
+            yield f"scaled_linear {str(dtype)[6:]} {number}", report
+
     for target in TARGETS:
         head_dims = (64, 72, 80, 88, 96, 128)
         reports = {f"attention {dim} bfloat16": attention(target, dim, torch.bfloat16) for dim in head_dims}
@@ -87,6 +97,8 @@ SCRIPT = """
         reports["layer_norm_pixel_shuffle float32"] = norm_and_shuffle(target, torch.float32)
         for dtype in (torch.bfloat16, torch.float32):
             reports |= gelus(target, dtype)
+        for dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz):
+            reports |= scaled(target, dtype)
         for name, (report,) in reports.items():
             loop = report.main_loop
             print(json.dumps({
@@ -221,6 +233,29 @@ def test_linear_gelu_is_clean(reports: dict[tuple[str, str], dict[str, Any]], ta
     expected = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(target, "v_mfma")
     assert instruction.startswith(expected)
     assert kept[0]["precision"] == (["tf32x3"] if dtype == "float32" and target.startswith("sm") else [])
+
+
+# On sm_100 Triton multiplies int8 by the instruction of sm_80.
+EIGHT_BIT_PRODUCTS = {
+    "sm_80": {"int8": "IMMA"},
+    "sm_90": {"int8": "IGMMA", "float8_e4m3fn": "QGMMA"},
+    "sm_100": {"int8": "IMMA", "float8_e4m3fn": "UTCQMMA"},
+    "gfx942": {"int8": "v_mfma_i32_32x32x16_i8", "float8_e4m3fnuz": "v_mfma_f32_32x32x16_fp8_fp8"},
+    "gfx950": {"int8": "v_mfma_i32_32x32x32_i8", "float8_e4m3fn": "v_mfma_f32_32x32x64_f8f6f4"},
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_scaled_linear_multiplies_8_bits(reports: dict[tuple[str, str], dict[str, Any]], target: str) -> None:
+    kept = {name: report for (on, name), report in reports.items() if on == target and name.startswith("scaled_linear")}
+    assert {name.split()[1] for name in kept} == EIGHT_BIT_PRODUCTS[target].keys()
+    for name, report in kept.items():
+        expected = EIGHT_BIT_PRODUCTS[target][name.split()[1]]
+        assert report["loop_matrix"]
+        assert all(opcode.startswith(expected) for opcode in report["loop_matrix"])
+        assert report["spills"] == 0
+        assert report["loop_loads"] == [16]
+        assert report["ctas_per_sm"] >= 1
 
 
 @pytest.mark.parametrize("target", TARGETS)
