@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from vit_encoder import CompilationConfig, Llama4VisionConfig, Qwen2_5_VLVisionConfig
 from vit_encoder.cuda_graphs import EncoderGraphRunner
+from vit_encoder.cuda_graphs.patches import LAYOUTS
 from vit_encoder.llama4 import reference_forward as llama4_reference
+from vit_encoder.qwen2_5_vl import PatchedImage
 from vit_encoder.qwen2_5_vl import reference_forward as qwen2_5_vl_reference
 from vit_kernels import force_impl
 
@@ -121,14 +123,36 @@ def llama4_transformers(records: Records) -> None:
 
 @torch.no_grad()
 def qwen2_5_vl(records: Records) -> None:
-    """Ours of Qwen2.5-VL. `EncoderGraphRunner` takes encoders of tiles only."""
-    subject = _qwen2_5_vl()
-    compiled = _compilation()
-    _hold(
-        records,
-        subject,
-        {"eager": Form(lambda: subject.own(None)), "compiled": Form(lambda: subject.own(compiled))},
-    )
+    """Ours of Qwen2.5-VL."""
+    subject, compiled = _qwen2_5_vl(), _compilation()
+    images = {batch: _images(*inputs) for batch, inputs in subject.batches.items()}
+    config, layout = subject.model.config, LAYOUTS[Qwen2_5_VLVisionConfig]
+    budgets = set()
+    for _, grid_thw in subject.batches.values():
+        budgets.add(sum(layout.size(frames, rows, columns, config) for frames, rows, columns in grid_thw.tolist()))
+
+    def replayed() -> Call:
+        with machine.launching():
+            subject.model.compilation_config = compiled
+            runner = EncoderGraphRunner(subject.model, budgets=sorted(budgets))
+
+        def call(batch: str) -> Tensor:
+            with machine.launching():
+                subject.model.compilation_config = compiled
+                return torch.cat(runner(images[batch]))
+
+        return call
+
+    forms = {"eager": Form(lambda: subject.own(None)), "compiled": Form(lambda: subject.own(compiled))}
+    _hold(records, subject, forms | {"CUDA graphs of the compiled": Form(replayed)})
+
+
+def _images(pixels: Tensor, grid_thw: Tensor) -> list[PatchedImage]:
+    """The images and videos of a batch."""
+    return [
+        PatchedImage(part, grid[None])
+        for part, grid in zip(pixels.split(grid_thw.prod(dim=1).tolist()), grid_thw, strict=True)
+    ]
 
 
 @torch.no_grad()
