@@ -28,6 +28,8 @@ from tests.kernels.eight_bit import FORMATS, assert_quantised, every_format
 from tests.kernels.test_int64_offsets import spread
 from tests.support import COMPILED_FORMS, FORMS, IMPLEMENTATIONS, launched_on, run
 
+pytestmark = pytest.mark.costly
+
 every_implementation = pytest.mark.parametrize("form", IMPLEMENTATIONS)
 every_norm = pytest.mark.parametrize("norm", ["layer", "rms"])
 

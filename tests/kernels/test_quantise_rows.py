@@ -21,6 +21,8 @@ from tests.kernels.test_int64_offsets import spread
 from tests.support import COMPILED_FORMS, FORMS, IMPLEMENTATIONS, launched_on, run
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "gated_silu")
+pytestmark = pytest.mark.costly
+
 every_implementation = pytest.mark.parametrize("form", IMPLEMENTATIONS)
 
 

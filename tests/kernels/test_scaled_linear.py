@@ -34,6 +34,8 @@ from tests.kernels.eight_bit import E4M3, FORMATS, LARGEST, assert_nearest, ever
 from tests.kernels.test_int64_offsets import spread
 from tests.support import COMPILED_FORMS, FORMS, IMPLEMENTATIONS, launched_on, run
 
+pytestmark = pytest.mark.costly
+
 ACTIVATIONS = (None, "gelu", "gelu_tanh")
 BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2}
 every_implementation = pytest.mark.parametrize("form", IMPLEMENTATIONS)
