@@ -64,8 +64,8 @@ def activate(y: Tensor, activation: str | None) -> Tensor:
     """None, the erf GELU or its tanh form of float32."""
     if activation is None:
         return y
-    # On CPUs torch's GELU of infinity is NaN.
-    return torch.where(y == torch.inf, y, F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none"))
+    # From 10 on it is its argument, of which torch's own makes infinity on CPUs where it is large, and NaN of infinity.
+    return torch.where(y > 10, y, F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none"))
 
 
 def quantise(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

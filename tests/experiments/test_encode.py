@@ -160,7 +160,7 @@ def test_the_encoder_is_one_graph_where_dynamo_counts_those_of_a_class(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As torch 2.11 does: there the sweep's graph made that of the first call a recompilation.
-    monkeypatch.setattr("vit_encoder.compilation.compiled_module._ISOLATED", {})
+    monkeypatch.setattr("vit_encoder.compilation.compiled_module._OF_AN_INSTANCE", {})
     assert run(tmp_path)["graphs"]["graphs"] == 1
 
 

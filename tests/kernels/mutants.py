@@ -222,7 +222,7 @@ def installed(mutant: Mutant) -> Iterator[None]:
 
     The modules that import the mutated one are imported afresh.
     """
-    fresh = MODULES if mutant.module in ("sequences", "strides", "head") else (mutant.module,)
+    fresh = MODULES if mutant.module in ("sequences", "strides", "head", "eight_bit") else (mutant.module,)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as imports:
         for name in fresh:
             path = Path(folder) / f"{name}.py"

@@ -93,7 +93,8 @@ def test_rows_of_zeros_and_of_tiny_numbers(form: str, dtype: torch.dtype) -> Non
     assert not q[0].float().any()
     assert (scale >= 2.0**-126).all()
     assert ((q.double() * scale.double()[:, None] - x.double()).abs() <= scale.double()[:, None] / 2).all()
-    assert (q[3].float() == LARGEST[dtype]).all()
+    # Its scale would be below the smallest.
+    assert (q[3].float() == 64).all()
 
 
 @every_implementation

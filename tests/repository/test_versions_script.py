@@ -125,6 +125,7 @@ def test_the_oldest_transformers_runs_the_tests_of_its_integration_alone(project
     assert [word for word in tests.split() if word.startswith("tests/")] == [
         "tests/integrations/test_transformers_attention.py",
         "tests/integrations/test_transformers_integration.py",
+        "tests/integrations/test_transformers_packed_attention.py",
         "tests/integrations/test_transformers_qwen2_5_vl.py",
         "tests/integrations/test_transformers_qwen3_vl.py",
     ]
