@@ -14,8 +14,8 @@ if importlib.util.find_spec("vllm") is None:
 
 from tests.integrations.vllm_world import one_worker
 
-# vLLM and what it imports warn about each other. Where its compiled activations and norms are compiled again for another
-# dtype, in inference mode, torch 2.13 leaves the thread unable to trace.
+# vLLM and what it imports warn about each other. Where its compiled activations and norms are compiled again for
+# another dtype, in inference mode, torch 2.13 leaves the thread unable to trace.
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("fresh_dynamo")]
 LAYERS = 2
 
