@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from vit_encoder.configs import check_file, read_json_object, what_it_is
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from vit_kernels.testing import assert_close_to_reference
 
 from experiments.common.measure import Call, Measurement, interleaved, timed

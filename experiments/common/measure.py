@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 Call = Callable[[], Tensor]
 Run = Callable[[], object]

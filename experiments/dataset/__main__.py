@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from experiments.common import cli, encoders
 from experiments.dataset.encoder import Settings

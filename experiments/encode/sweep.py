@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from vit_encoder import CompilationConfig, whole_graph
 
 from experiments.common.comparison import ALLOWED_EPS, first_line, relative_error

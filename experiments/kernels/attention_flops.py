@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from experiments.common import cli, roofline
 from experiments.common.problem import HEAD_DIM, HEADS, POSITIONS

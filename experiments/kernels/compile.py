@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from unittest import mock
 
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from experiments.kernels.registry import OURS, PEERS, Kernel, Problem
 from experiments.kernels.row import Compiled, key_of

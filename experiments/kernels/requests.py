@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from experiments.common import cli
 from experiments.kernels.registry import DTYPES, HEAD_DIMS

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from vit_kernels import force_impl, varlen_attention
 from vit_kernels.reference import varlen_attention_reference
 from vit_kernels.testing import assert_close_to_reference, seeded_tensor

@@ -10,7 +10,7 @@ import argparse
 import sys
 
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from vit_encoder.testing import fake_cuda
 
 from experiments.common import cli

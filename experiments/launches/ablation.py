@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from vit_encoder.testing import fake_cuda
 from vit_kernels import (
     force_impl,

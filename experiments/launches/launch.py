@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import sympy  # type: ignore[import-untyped]
+import sympy
 from torch._inductor import ir
 from torch._inductor.dependencies import MemoryDep
 from torch._inductor.graph import GraphLowering

@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from vit_encoder import attention
 from vit_kernels import force_impl, varlen_attention
 

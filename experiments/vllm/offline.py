@@ -20,7 +20,7 @@ from typing import Any
 from matplotlib.cbook import get_sample_data
 from PIL import Image
 from rich.table import Table
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from experiments.common import cli
 from experiments.vllm.tiny_models import FAMILIES, make_tiny

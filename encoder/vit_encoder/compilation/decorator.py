@@ -95,14 +95,15 @@ def support_torch_compile(
         if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
             raise TypeError(f"support_torch_compile: got {cls!r}, expected a subclass of nn.Module")
         dims = _annotated_dims(cls) if dynamic_arg_dims is None else dynamic_arg_dims
-        cls._compile_settings = _Settings(  # type: ignore[attr-defined]
+        owner: Any = cls  # of attributes that its instances' calls read
+        owner._compile_settings = _Settings(
             _checked_dims(cls, "dynamic_arg_dims", dims),
             _checked_dims(cls, "mark_unbacked_dims", mark_unbacked_dims or {}),
             enable_if,
             is_encoder,
         )
-        cls.__init__ = _tagged(cls.__init__)  # type: ignore[method-assign]
-        cls.__call__ = _call  # type: ignore[method-assign]
+        owner.__init__ = _tagged(owner.__init__)
+        owner.__call__ = _call
         return cls
 
     return decorate
@@ -114,10 +115,11 @@ def ignore_torch_compile(cls: ModuleClass) -> ModuleClass:
     Raises:
         TypeError: none of its bases is decorated.
     """
-    settings = getattr(cls, "_compile_settings", None)
+    owner: Any = cls
+    settings = getattr(owner, "_compile_settings", None)
     if settings is None:
         raise TypeError(f"ignore_torch_compile: got {cls!r}, expected a subclass of a decorated class")
-    cls._compile_settings = replace(settings, enable_if=lambda config: False)  # type: ignore[attr-defined]
+    owner._compile_settings = replace(settings, enable_if=lambda config: False)
     return cls
 
 

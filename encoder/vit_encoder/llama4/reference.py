@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from vit_kernels.reference import pixel_shuffle_reference, rotary_2d_reference, varlen_attention_reference
 
 from vit_encoder.llama4.config import Llama4VisionConfig

@@ -7,7 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from vit_kernels.reference import rotary_2d_reference, varlen_attention_reference
 
 from vit_encoder.qwen3_vl.config import Qwen3VLVisionConfig

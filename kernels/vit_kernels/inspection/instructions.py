@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
-import networkx as nx  # type: ignore[import-untyped]
+import networkx as nx
 
 
 class Instruction(NamedTuple):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 import torch
 import torch.fx.experimental._config as fx_config
 from safetensors.torch import save_file
